@@ -153,8 +153,8 @@ class Bench:
         import torch.distributed as dist
 
         started = time.perf_counter()
-        loss, _ = self.trainee.step(self._batches, trained=self._trained, learning_rate=1e-5)
-        vector = torch.stack([loss.double(), loss.new_tensor(self.checkpoints.is_written).double()])
+        sums, _ = self.trainee.step(self._batches, divisor=self._trained, learning_rate=1e-5)
+        vector = torch.stack([sums[0], sums.new_tensor(self.checkpoints.is_written)])
         dist.all_reduce(vector)
         is_written = float(vector[1]) == self.ranks
         self._step += 1

@@ -238,15 +238,15 @@ def sftd_step(job: Job, folder: str) -> tuple[Step, str]:
     def step(samples: list[Any], upcoming: list[Any] | None) -> tuple[float, int]:
         nonlocal done, prepared
         batches = prepared if prepared is not None else prepare(samples)
-        loss, _norm = trainee.step(
+        sums, _norm = trainee.step(
             batches,
-            trained=sum(b.trained for b in batches),
+            divisor=sum(b.trained for b in batches),
             learning_rate=learning_rate(done, spec, job.warmup + job.steps),
         )
         # As in the trainer's loop: prepare the next step's micro-batches while the GPU computes.
         prepared = None if upcoming is None else prepare(upcoming)
         done += 1
-        return float(loss), sum(b.tokens.numel() for b in batches)
+        return float(sums[0]), sum(b.tokens.numel() for b in batches)
 
     return step, str(session.dtype).removeprefix("torch.")
 

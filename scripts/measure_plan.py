@@ -117,7 +117,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     for step in range(arguments.steps):
         in_use(device)
         started = time.perf_counter()
-        trainee.step(batches, trained=sum(b.trained for b in batches), learning_rate=1e-5)
+        trainee.step(batches, divisor=sum(b.trained for b in batches), learning_rate=1e-5)
         stages[f"after step {step + 1}"] = in_use(device)
         seconds = time.perf_counter() - started
         stages[f"peak so far, step {step + 1}"] = meter.peak_memory() / GIB

@@ -81,47 +81,50 @@ class Trainee:
         )
         return list(found)
 
-    def losses(self, batches: Sequence[MicroBatch], *, divisor: float, forward_only: bool) -> Tensor:
-        """Σ loss over the trained tokens of this rank's micro-batches ÷ `divisor`: FP64 scalar on the device, 0 on ranks
-        that do not compute the loss.
+    def losses(
+        self, batches: Sequence[MicroBatch], *, divisor: float, forward_only: bool, sources: int = 0
+    ) -> Tensor:
+        """Σ weight · loss over the trained tokens of this rank's micro-batches ÷ `divisor`, followed by the figures of
+        `linear_cross_entropy` for `sources` sources: FP64 [3 + sources] on the device, 0 on ranks that do not compute the loss.
 
-        Accumulates its gradient unless `forward_only`. Does not wait for the device.
+        Accumulates the gradient of the first unless `forward_only`. Does not wait for the device.
         """
+        figures = torch.zeros(2 + sources, dtype=torch.float64, device=self.session.device)
 
         def forward(batch: MicroBatch, model: Any) -> tuple[Tensor, LossFunction]:
-            output = models.loss_share(model, batch, self.shape.vocab_size, divisor)
+            output = models.loss_share(model, batch, self.shape.vocab_size, divisor, figures)
             return output, partial(_keep, self.session.device)
 
         first = batches[0]
         found = self.run(batches, forward, rows=first.rows, length=first.length, forward_only=forward_only)
-        if not found:
-            return torch.zeros((), dtype=torch.float64, device=self.session.device)
-        return torch.stack(found).double().sum()
+        loss = torch.stack(found).double().sum()[None] if found else figures.new_zeros(1)
+        return torch.cat((loss, figures))
 
     def step(
         self,
         batches: Sequence[MicroBatch],
         *,
-        trained: int,
+        divisor: float,
         learning_rate: float,
         accept: Callable[[Tensor, Tensor], bool] | None = None,
+        sources: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """One optimizer step over this rank's micro-batches of a global batch with `trained` trained tokens.
+        """One optimizer step over this rank's micro-batches of a global batch, whose trained tokens have weights that sum to
+        `divisor` (without weights: their number).
 
-        Returns (this rank's part of the loss per trained token, the gradient norm before clipping): FP64 scalars on the
-        device. Does not wait for the device unless `accept` does. The gradient is that of Σ loss ÷ Σ trained tokens of
-        the global batch, for any micro-batches and layout. With `accept`, the weights are updated only if
-        `accept(loss, norm)` is true.
+        Returns (this rank's part of the sums of `losses`, the gradient norm before clipping): FP64 on the device. Does not
+        wait for the device unless `accept` does. The gradient is that of Σ weight · loss ÷ Σ weight over the global batch, for
+        any micro-batches and layout. With `accept`, the weights are updated only if `accept(loss, norm)` is true.
         """
         for module in self.model:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
         for adapters in self.adapters:
             adapters.begin_step()
-        loss = self.losses(batches, divisor=trained, forward_only=False)
+        sums = self.losses(batches, divisor=divisor, forward_only=False, sources=sources)
         optimizers.set_learning_rate(self.optimizer, learning_rate)
-        accept_norm = None if accept is None else partial(accept, loss)
-        return loss, optimizers.update(self.optimizer, self.clip_grad, accept_norm)
+        accept_norm = None if accept is None else partial(accept, sums[0])
+        return sums, optimizers.update(self.optimizer, self.clip_grad, accept_norm)
 
     def train(self, mode: bool) -> None:
         """Set training or evaluation mode."""

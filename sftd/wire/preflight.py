@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,6 +16,7 @@ from sftd.domain.log.events import RunSubmitted
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.decisions import Proposal
+from sftd.domain.spec.sections import Source
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
 from sftd.domain.submit.facts import NOTHING, SaveFolder, SubmitFacts
 from sftd.domain.submit.judge import judge
@@ -41,7 +42,7 @@ class Preflight(msgspec.Struct, frozen=True):
 
 def inspect(
     spec: Spec,
-    start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING,
+    start: Callable[[DataFacts], OrderStart] = lambda train: FROM_THE_BEGINNING,
     read: Callable[..., DataFacts] = dataset.inspect,
     *,
     known: SubmitFacts = NOTHING,
@@ -91,7 +92,7 @@ def _read(
         except Refused as refused:
             unreadable += refused.problems
 
-    def data(where: str, files: list[str]) -> DataFacts | None:
+    def data(where: str, files: list[str], sources: Sequence[Source] = ()) -> DataFacts | None:
         try:
             return read(
                 where,
@@ -101,13 +102,15 @@ def _read(
                 sequence_length=spec.data.sequence_length,
                 truncation=spec.data.truncation,
                 stop_ids=model_folder.stop_ids(path) if shape else (),
+                **({"sources": sources} if sources else {}),
             )
         except Refused as refused:
             unreadable.extend(refused.problems)
             return None
 
-    train = data("data.train_files", spec.data.train_files)
-    val = data("data.val_files", spec.data.val_files) if spec.data.val_files else None
+    sources = spec.data.sources
+    train = data("data.sources" if sources else "data.train_files", spec.data.all_train_files, sources)
+    val = data("data.val_files", spec.data.all_val_files) if spec.data.all_val_files else None
     return msgspec.structs.replace(
         known,
         unreadable=unreadable,
@@ -143,7 +146,8 @@ def _save_folder(spec: Spec, home: Path | None, *, has_room: bool) -> SaveFolder
 
 def proposal(spec: Spec, found: Preflight) -> Proposal:
     """The facts that a decision on another spec of a run needs."""
-    return Proposal(spec, found.planned_steps, found.train.digest, found.val.digest if found.val else "")
+    val_digest = found.val.digest if found.val else ""
+    return Proposal(spec, found.planned_steps, found.train.digest, val_digest, found.train.sources)
 
 
 def submission(spec: Spec, found: Preflight, warnings: list[Problem], user: str) -> RunSubmitted:

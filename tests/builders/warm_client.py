@@ -30,12 +30,12 @@ _HEAVY = (
     *("torch.distributed.run", "sftd.trainer"),
     *(
         f"sftd.trainer.tools.{tool}"
-        for tool in ("answer", "export", "export.prove", "export.reference", "probe")
+        for tool in ("answer", "evaluate", "export", "export.prove", "export.reference", "probe")
     ),
     *(f"{_BUILDERS}/{name}.py" for name in ("warm_ranks", "ranks/export_all")),
     *(
         f"{os.path.dirname(os.path.dirname(_BUILDERS))}/scripts/{name}.py"
-        for name in ("bench_checkpoint", "bench_trainer", "write_random_model")
+        for name in ("bench_checkpoint", "bench_generate", "bench_trainer", "write_random_model")
     ),
 )
 

@@ -40,6 +40,11 @@ def figure_texts(figures: Figures) -> list[tuple[str, str]]:
         ("anomalies", str(f.anomalies or "")),
         ("last loss", output.loss(f.loss)),
         ("mean of last 5 %", output.loss(f.tail_loss)),
+        ("accuracy", some(f.token_accuracy, f"{f.token_accuracy or 0:.1%}")),
+        (
+            "last by source",
+            "\n".join(f"{output.printable(n)} {output.loss(v)}" for n, v in f.source_losses.items()),
+        ),
         ("lowest loss", at(f.lowest_loss, f.lowest_loss_step)),
         ("last validation", output.loss(f.val_loss)),
         ("best validation", at(f.best_val_loss, f.best_val_step)),

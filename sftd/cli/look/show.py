@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sftd.cli import app
 from sftd.cli.terminal import output
-from sftd.cli.terminal.run_details import history_table, print_state, state_json, time_facts
+from sftd.cli.terminal.run_details import figure_facts, history_table, print_state, state_json, time_facts
 from sftd.cli.terminal.run_table import SORTS, STATUSES, row_json, runs_table
 
 if TYPE_CHECKING:
+    from sftd.domain.log.events import StepCompleted, ValidationCompleted
     from sftd.operations.queries.runs import RunRow
 
 # Events of steps: `sftd replay` shows these.
@@ -71,8 +72,13 @@ def show_command(run: str, as_config: bool, as_json: bool) -> None:
         return
     ledger = runs.goodput(store, found.run_id, app.context().now())
     planned = plan.outcome(store, found, ledger)
+    step, validation = runs.last_measured(store, found)
     if as_json:
-        more = {"goodput": ledger.as_json(), "planned": planned.as_json() if planned else None}
+        more = {
+            "goodput": ledger.as_json(),
+            "planned": planned.as_json() if planned else None,
+            "figures": {"step": _figures_json(step), "validation": _figures_json(validation)},
+        }
         click.echo(output.json_line(state_json(found) | more))
         return
     attempt_events = runs.run_events(
@@ -80,9 +86,17 @@ def show_command(run: str, as_config: bool, as_json: bool) -> None:
     )
     out = output.console()
     speed = board.tokens_per_second(store, found.run_id)
-    print_state(found, attempt_events, (*time_facts(ledger), *outcome_facts(planned)), speed)
+    more_facts = (*figure_facts(step, validation), *time_facts(ledger), *outcome_facts(planned))
+    print_state(found, attempt_events, more_facts, speed)
     out.print()
     out.print(history_table(attempt_events))
+
+
+def _figures_json(event: StepCompleted | ValidationCompleted | None) -> dict[str, Any] | None:
+    import msgspec
+
+    names = ("step", "token_accuracy", "entropy", "sources")
+    return None if event is None else {name: msgspec.to_builtins(getattr(event, name)) for name in names}
 
 
 def _show_sweep(sweep: str, rows: list[RunRow], as_json: bool) -> None:

@@ -80,6 +80,23 @@ _PASSED = (
 )
 @click.option("--skip-bad-rows", is_flag=True, help="Leave out and count rows that cannot be used.")
 @click.option(
+    "--dedupe",
+    is_flag=True,
+    help="Leave out chats that repeat an earlier one in all but case and whitespace.",
+)
+@click.option(
+    "--against",
+    multiple=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="File of validation chats, or of an evaluation's questions, to find in the training rows.",
+)
+@click.option(
+    "--drop-overlap",
+    is_flag=True,
+    help="Leave out training rows whose chat or user messages the validation data has.",
+)
+@click.option(
     "--template-arg",
     multiple=True,
     metavar="NAME=VALUE",
@@ -106,6 +123,9 @@ def prepare_command(
     model: str,
     out: str,
     skip_bad_rows: bool,
+    dedupe: bool,
+    against: tuple[str, ...],
+    drop_overlap: bool,
     template_arg: tuple[str, ...],
     trust_remote_code: bool,
     as_json: bool,
@@ -142,8 +162,14 @@ def prepare_command(
             arguments += [f"--{name.replace('_', '-')}", str(options[name])]
     for text in template_arg:
         arguments += ["--template-arg", text]
+    for path in against:
+        arguments += ["--against", path]
     if skip_bad_rows:
         arguments.append("--skip-bad-rows")
+    if dedupe:
+        arguments.append("--dedupe")
+    if drop_overlap:
+        arguments.append("--drop-overlap")
     if trust_remote_code:
         arguments.append("--trust-remote-code")
     output.when_interrupted("Nothing was written.")

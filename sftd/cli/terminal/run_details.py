@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from sftd.domain.log.events import Recorded
+    from sftd.domain.log.events import Recorded, StepCompleted, ValidationCompleted
     from sftd.domain.run.goodput import Ledger
     from sftd.domain.run.state import Run
     from sftd.domain.spec.model_section import Model
@@ -188,6 +188,27 @@ def time_facts(ledger: Ledger) -> Iterator[tuple[str, str]]:
     if ledger.seconds("productive"):
         share, held = ledger.goodput or 0.0, ledger.held_seconds
         yield "goodput", f"{share:.1%} of {took(held)} (all time except queued and idle)"
+
+
+def figure_facts(
+    step: StepCompleted | None, validation: ValidationCompleted | None
+) -> Iterator[tuple[str, str]]:
+    """What the last step and the last validation measured besides the loss, and the sources of each."""
+    from sftd.domain.log.events import perplexity
+
+    for name, event in (("last step", step), ("last validation", validation)):
+        if event is not None and event.token_accuracy is not None:
+            text = f"accuracy {event.token_accuracy:.1%}, perplexity {perplexity(event.loss):.4g}"
+            yield name, f"{text}, entropy {event.entropy or 0.0:.3f} nats"
+        if event is not None and event.sources:
+            yield (
+                "by source",
+                "\n".join(
+                    f"{output.printable(source)}: loss {output.loss(figures.loss)}, "
+                    f"{counted(figures.rows, 'row')}, {counted(figures.tokens, 'token')}"
+                    for source, figures in event.sources.items()
+                ),
+            )
 
 
 def _checkpoints_table(run: Run) -> Table:

@@ -106,7 +106,8 @@ def _json(board: Board | RunBoard) -> dict[str, Any]:
     common = {"at": output.iso(board.at)}
     if not isinstance(board, Board):
         goodput = board.ledger.as_json() if board.ledger else None
-        return common | line(board.line) | {"goodput": goodput, "events": [event(r) for r in board.notices]}
+        more = {"goodput": goodput, "sources": msgspec.to_builtins(board.sources)}
+        return common | line(board.line) | more | {"events": [event(r) for r in board.notices]}
     return common | {
         "runs": [line(found) for found in board.runs],
         "waiting": [queue.queue_json(row) for row in board.queue if row.kind],

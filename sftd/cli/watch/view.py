@@ -61,7 +61,7 @@ def run_lines(board: RunBoard, width: int, height: int | None) -> list[Text]:
     title.append(f"  {name}", "dim")
     _right(title, _clock(board.at, watched=height is not None), width)
     lines = [title, _progress(line, width, name=False)]
-    lines += [_facts(line, width, 0), *_where(board)]
+    lines += [_facts(line, width, 0), *_where(board), *_sources(board)]
     if run.status in ("failed", "retrying") and run.message:
         lines.append(Text(f"{run.cause}: {output.printable(run.message)}", "bold red"))
     if board.row is not None and board.row.kind:
@@ -188,6 +188,8 @@ def _facts(line: RunLine, width: int, indent: int) -> Text:
         parts.append(f"loss {output.loss(run.loss)}")
     if run.last_validation is not None:
         parts.append(f"val {output.loss(run.last_validation.loss)}")
+    if line.token_accuracy is not None:
+        parts.append(f"accuracy {line.token_accuracy:.1%}")
     if line.tokens_per_second is not None:
         parts.append(f"{line.tokens_per_second:,.0f} tokens/s")
     if line.mfu is not None:
@@ -222,6 +224,13 @@ def _where(board: RunBoard) -> Iterator[Text]:
     if run.steps_redone:
         parts.append(f"{counted(run.steps_redone, 'step')} again")
     yield Text(" · ".join(parts), "dim")
+
+
+def _sources(board: RunBoard) -> Iterator[Text]:
+    """The loss of each source in the last step, if there are several."""
+    if board.sources:
+        losses = (f"{output.printable(name)} {output.loss(of.loss)}" for name, of in board.sources.items())
+        yield Text(f"loss by source  {'  '.join(losses)}")
 
 
 def _waiting(row: QueueRow, now: Micros) -> Text:

@@ -28,6 +28,7 @@ _COLUMNS = {
     "seconds": "d",
     "mfu": "d",
     "memory": "q",
+    "token_accuracy": "d",
 }
 _UNKNOWN = math.nan
 
@@ -43,6 +44,7 @@ class CurvePoint(StepTime, frozen=True):
     samples_digest: str
     mfu: float | None = None
     peak_memory_bytes: int | None = None
+    token_accuracy: float | None = None
 
 
 class Curves:
@@ -115,6 +117,7 @@ class Curves:
             float(point.seconds),
             _UNKNOWN if point.mfu is None else point.mfu,
             point.peak_memory_bytes or 0,
+            _UNKNOWN if point.token_accuracy is None else point.token_accuracy,
         )
         for append, value in zip(self._appends, values, strict=True):
             append(value)

@@ -8,6 +8,15 @@ import msgspec
 LENGTH_QUANTILES = (*(i / 32 for i in range(32)), *(1 - 2**-k for k in range(6, 13)), 1.0)
 
 
+class SourceFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A source of a mixture: usable rows of its files, their trained tokens after truncation, and the digest of the files."""
+
+    name: str
+    rows: int
+    tokens: int
+    digest: str
+
+
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Facts about data files. Lengths are in tokens. `truncated` rows are longer than the sequence length. `unusable` rows
     have no trained label within it; `unusable_rows` are the indices of the first few, counted from 0 over all files.
@@ -15,6 +24,8 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
     The other fields cover rows after truncation, without unusable ones. `seen_tokens` is Σ n and `seen_squares` is Σ n² over
     row lengths n. `lengths` are their `LENGTH_QUANTILES`. `stopping` counts rows that train an end-of-answer token (None if
     that token is unknown). `remarks` are notes for the user, one sentence each. Older logs lack these fields.
+
+    `sources` describes those of a mixture.
     """
 
     files: list[str]
@@ -31,6 +42,7 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True):
     lengths: tuple[int, ...] = ()
     stopping: int | None = None
     remarks: tuple[str, ...] = ()
+    sources: tuple[SourceFacts, ...] = ()
 
     @property
     def usable(self) -> int:

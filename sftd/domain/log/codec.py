@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -17,17 +18,21 @@ from sftd.domain.errors import UnknownEvent
 from sftd.domain.log.events import EVENT_TYPES, Event
 
 Payload = dict[str, Any]
+_NO_FIGURES: Payload = {"token_accuracy": None, "entropy": None, "sources": None}
 # (type, N) -> function from a payload of schema version N to one of version N + 1.
 UPCASTS: dict[tuple[str, int], Callable[[Payload], Payload]] = {
     ("RunSubmitted", 1): lambda payload: payload | {"model_files": None},
     ("StepCompleted", 1): lambda payload: payload | {"mfu": None, "peak_memory_bytes": None},
     ("StepCompleted", 2): lambda payload: payload | {"load_balancing_loss": None, "z_loss": None},
+    ("StepCompleted", 3): lambda payload: payload | _NO_FIGURES,
     ("ValidationCompleted", 1): lambda payload: payload | {"expert_load": None},
+    ("ValidationCompleted", 2): lambda payload: payload | _NO_FIGURES,
     ("StopRequested", 1): lambda payload: payload | {"then": "cancelled", "now": False, "preempted_by": None},
     ("ResumeRequested", 1): lambda payload: (
         payload | {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None}
     ),
     ("ModelLoaded", 1): lambda payload: payload | {"trained_parameters": None},
+    ("RunForked", 1): lambda payload: payload | {"mixture": None},
     ("AttemptPreempted", 1): lambda payload: payload | {"reason": ""},
 }
 
@@ -54,9 +59,29 @@ def finite(value: Any) -> Any:
 
 
 @cache
-def _float_fields(cls: type[Event]) -> tuple[str, ...]:
+def _float_fields(cls: type[msgspec.Struct]) -> tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]:
+    """Names of the fields that are floats; (name, struct) of those that map names to a struct."""
     hints = get_type_hints(cls)
-    return tuple(f.name for f in msgspec.structs.fields(cls) if hints[f.name] is float)
+    floats, maps = [], []
+    for field in msgspec.structs.fields(cls):
+        hint = hints[field.name]
+        for kind in get_args(hint) if isinstance(hint, UnionType) else (hint,):
+            if kind is float:
+                floats.append(field.name)
+            elif get_origin(kind) is dict and issubclass(get_args(kind)[1], msgspec.Struct):
+                maps.append((field.name, get_args(kind)[1]))
+    return tuple(floats), tuple(maps)
+
+
+def _restore_floats(payload: Payload, cls: type[msgspec.Struct]) -> None:
+    """Replace the names of non-finite floats, see `json_float`, by the floats."""
+    floats, maps = _float_fields(cls)
+    for name in floats:
+        if isinstance(payload.get(name), str):
+            payload[name] = float(payload[name])
+    for name, kind in maps:
+        for each in (payload.get(name) or {}).values():
+            _restore_floats(each, kind)
 
 
 @cache
@@ -89,7 +114,5 @@ def decode(type_name: str, schema_version: int, payload: str | bytes) -> Event:
     data = _decoder.decode(payload)
     for version in range(schema_version, cls.schema_version):
         data = UPCASTS[type_name, version](data)
-    for name in _float_fields(cls):
-        if isinstance(data.get(name), str):
-            data[name] = float(data[name])
-    return msgspec.convert(data, cls)
+    _restore_floats(data, cls)
+    return msgspec.convert(data, cls, str_keys=True)

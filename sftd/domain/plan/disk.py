@@ -50,7 +50,7 @@ def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first
     def count(saved: list[int]) -> tuple[int, int]:
         """(number kept by rules other than `keep_best`, number kept in total if the best are other checkpoints)."""
         stays = sum(map(bool, kept_by_rules(spec.checkpoint, saved, [], planned_steps).values()))
-        best = spec.checkpoint.keep_best if spec.data.val_files else 0
+        best = spec.checkpoint.keep_best if spec.data.all_val_files else 0
         return stays, stays + min(best, len(saved) - stays)
 
     stays, kept = count(steps)

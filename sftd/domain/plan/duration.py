@@ -200,7 +200,7 @@ def save_steps(spec: Spec, planned_steps: int, first_step: int = 0) -> list[int]
 
 
 def _validations(spec: Spec, planned_steps: int, first_step: int) -> int:
-    if not spec.data.val_files:
+    if not spec.data.all_val_files:
         return 0
     every = spec.trainer.val_check_interval
     between = (planned_steps - 1) // every - first_step // every if every else 0

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import msgspec
+
 from sftd.domain.log import events as e
 from sftd.domain.log.timeline import Timeline
 
 REDONE_DIFFERS = "redone step differs from the log"
 # The numbers of a step that a redo must reproduce bit for bit.
 COMPARED = ("loss", "grad_norm", "lr", "tokens", "samples_digest")
+# As those, if the record has them. Rounding may change which of two tokens is more probable, so these need equal bits.
+_FIGURES = ("token_accuracy", "entropy", "sources")
 
 
 # Relative tolerances for a redone step if kernels are not deterministic or the layout differs (BF16: a few units in the
@@ -51,7 +55,11 @@ def compare(
     Without `is_exact` (see `Run.is_exact`), loss and gradient norm may differ by rounding in `dtype`; rows, tokens and
     learning rate may not.
     """
-    pairs = {name: (getattr(was, name), getattr(redone, name)) for name in COMPARED}
+    figures = [name for name in _FIGURES if is_exact and getattr(was, name) is not None]
+    pairs = {
+        name: (msgspec.to_builtins(getattr(was, name)), msgspec.to_builtins(getattr(redone, name)))
+        for name in (*COMPARED, *figures)
+    }
     other = {name: pair for name, pair in pairs.items() if not is_same(*pair)}
     near = {} if is_exact else rounds_to(dtype)
     differs = {

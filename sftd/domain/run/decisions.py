@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import msgspec
 
+from sftd.domain.data.facts import SourceFacts
+from sftd.domain.data.mixture import MixtureStart
 from sftd.domain.errors import Problem, Refused, quote
 from sftd.domain.log import events as e
 from sftd.domain.queue.order import MAX_BACKOFF_SECONDS
@@ -18,12 +20,13 @@ MICROS = 1_000_000
 
 
 class Proposal(msgspec.Struct, frozen=True):
-    """The new spec for a resume or a fork, with the digests of its data files."""
+    """The new spec for a resume or a fork, with the digests of its data files, and the sources of its mixture."""
 
     spec: Spec
     planned_steps: int
     train_digest: str
     val_digest: str
+    sources: tuple[SourceFacts, ...] = ()
 
 
 def backoff_seconds(fruitless_attempts: int, base_seconds: float) -> float:
@@ -265,10 +268,12 @@ def fork(parent: Run, by: str, step: int | None, new: Proposal) -> e.RunForked:
         what = f"{new.planned_steps} steps, but the fork begins after step {start} of {parent.run_id}"
         fix = f"steps count from the parent's first: trainer.max_steps={start + max(1, new.planned_steps)}"
         raise Refused(Problem("trainer.max_steps", what, fix))
+    order, mixture = trajectory.forked_order(parent, start, new.spec, new.train_digest, new.sources)
     return e.RunForked(
         parent=parent.run_id,
         step=start,
-        sample=trajectory.forked_order(parent, start, new.spec, new.train_digest).sample,
+        sample=order.sample,
+        mixture=mixture if mixture != MixtureStart() else None,
         checkpoint=point.path if point else None,
         manifest_digest=point.manifest_digest if point else None,
         bytes=point.bytes if point else 0,

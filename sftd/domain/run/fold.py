@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from sftd.domain.data.facts import SourceFacts
 from sftd.domain.errors import UnknownEvent
 from sftd.domain.log import events as e
 from sftd.domain.log.codec import json_float
@@ -49,6 +50,7 @@ def _(event: e.RunSubmitted, run: Run, recorded: e.Recorded) -> Run:
         user=event.user,
         train_digest=_digest(event.data, "train"),
         val_digest=_digest(event.data, "val"),
+        sources=msgspec.convert((event.data.get("train") or {}).get("sources", ()), tuple[SourceFacts, ...]),
         planned_steps=event.planned_steps,
         submitted_at=recorded.occurred_at,
     )
@@ -74,7 +76,7 @@ def _(event: e.RunForked, run: Run, recorded: e.Recorded) -> Run:
         )
     return _set(
         run,
-        fork=ForkPoint(event.parent, event.step, event.tokens_total, event.sample),
+        fork=ForkPoint(event.parent, event.step, event.tokens_total, event.sample, event.mixture),
         order=order,
         step=event.step,
         highest_step=event.step,

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from sftd.domain.data.facts import SourceFacts
+from sftd.domain.data.mixture import MixtureStart
 from sftd.domain.log import events as e
 from sftd.domain.log.timeline import order_up_to
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
@@ -53,12 +55,13 @@ class CheckpointInfo(msgspec.Struct, frozen=True):
 
 class ForkPoint(msgspec.Struct, frozen=True):
     """Where a fork starts: the parent's step (0 is the pretrained model), and the position in the sample order from which the
-    fork reads (None in the state of an older sftd)."""
+    fork reads (None in the state of an older sftd). `mixture`: where its mixture of sources begins, None at their first rows."""
 
     parent: str
     step: int
     tokens_total: int
     sample: int | None = None
+    mixture: MixtureStart | None = None
 
 
 class Replay(msgspec.Struct, frozen=True):
@@ -127,6 +130,8 @@ class Run(msgspec.Struct, frozen=True):
     # sha256 of the data files as submitted.
     train_digest: str = ""
     val_digest: str = ""
+    # Of the mixture, if the run has one.
+    sources: tuple[SourceFacts, ...] = ()
     planned_steps: int = 0
     fork: ForkPoint | None = None
     # Positions of the timeline's steps in the sample order: each piece applies from its step. Empty: from 0.
@@ -240,6 +245,11 @@ class Run(msgspec.Struct, frozen=True):
         """Position of the first sample of the timeline's 0-based `step` in the sample order."""
         piece = next((o for o in reversed(self.order) if o.step <= step), FROM_THE_BEGINNING)
         return piece.position(step, self.spec.data.train_batch_size)
+
+    @property
+    def mixture_start(self) -> MixtureStart:
+        """Where the run's mixture of sources begins."""
+        return self.fork.mixture if self.fork and self.fork.mixture else MixtureStart()
 
     @property
     def first_step(self) -> int:

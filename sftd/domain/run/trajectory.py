@@ -3,10 +3,14 @@ one of these starts another trajectory (a fork)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from sftd.domain.data import mixture
+from sftd.domain.data.facts import SourceFacts
+from sftd.domain.data.mixture import MixtureStart
 from sftd.domain.run.state import Run
 from sftd.domain.spec.learning_rate import learning_rate
 from sftd.domain.spec.on_resume import OnResume
@@ -101,15 +105,44 @@ def _skips_others(old: Spec, new: Spec, steps: int, anomalies: int) -> list[str]
 
 def same_order(old: Spec, new: Spec) -> bool:
     """Whether both specs read the same samples in the same order from the same data."""
-    return not any(key in _ORDER for key in changes(old, new))
+    return not any(key in _ORDER for key in changes(old, new)) and _mixing(old) == _mixing(new)
 
 
-def forked_order(parent: Run, step: int, spec: Spec, train_digest: str) -> OrderStart:
-    """Where a fork of `parent` after `step` begins to read: at the parent's position if it has the same data and sample order,
-    else at 0."""
-    if train_digest != parent.train_digest or not same_order(parent.spec, spec):
-        return OrderStart(step, 0)
-    return OrderStart(step, parent.sample_position(step))
+def _mixing(spec: Spec) -> Any:
+    """What determines the order of a mixture, besides `_ORDER`. The contents of files are compared elsewhere."""
+    data = spec.data
+    sources = [msgspec.structs.replace(source, files=[], val_files=[]) for source in data.sources]
+    return sources and (sources, data.weights_by, data.stages, data.train_batch_size)
+
+
+def forked_order(
+    parent: Run, step: int, spec: Spec, train_digest: str, sources: Sequence[SourceFacts] = ()
+) -> tuple[OrderStart, MixtureStart]:
+    """Where a fork of `parent` after `step` begins to read, and where its mixture begins.
+
+    With the same data and sample order it goes on at the parent's position, else at 0. In another mixture, each source that the
+    parent has too, with the same rows in the same order, goes on after the rows that the parent has read of it.
+    """
+    position = parent.sample_position(step)
+    if train_digest == parent.train_digest and same_order(parent.spec, spec):
+        return OrderStart(step, position), parent.mixture_start
+    if not sources or not parent.sources or any(key in _ORDER for key in changes(parent.spec, spec)):
+        return OrderStart(step, 0), MixtureStart(step if sources else 0)
+    read = mixture.of_facts(parent.spec, parent.sources, parent.mixture_start).cursors(position)
+    own = _rows_by_name(spec, sources)
+    same = {
+        name for name, rows in _rows_by_name(parent.spec, parent.sources).items() if own.get(name) == rows
+    }
+    start = MixtureStart(step, {name: count for name, count in read.items() if name in same and count})
+    return OrderStart(step, start.position), start
+
+
+def _rows_by_name(spec: Spec, sources: Sequence[SourceFacts]) -> dict[str, tuple[str, int]]:
+    """What determines the rows of each source."""
+    return {
+        facts.name: (facts.digest, mixture.rows_of(source, mixture.SourceSize(facts.rows, facts.tokens)))
+        for source, facts in zip(spec.data.sources, sources, strict=True)
+    }
 
 
 def beginning(run: Run) -> OrderStart:

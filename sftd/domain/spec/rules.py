@@ -1,5 +1,5 @@
 """Rules of a spec that need neither model nor data. Those of `launch` are in `launch/rules`, of adapters in `adapter_rules`, of
-evaluations in `evaluation_rules`."""
+evaluations in `evaluation_rules`, of mixtures in `mixture_rules`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from sftd.domain.errors import Problem, quote
 from sftd.domain.rules import Rules
-from sftd.domain.spec import adapter_rules, evaluation_rules
+from sftd.domain.spec import adapter_rules, evaluation_rules, mixture_rules
 from sftd.domain.spec.launch import rules as launch_rules
 from sftd.domain.spec.sections import Scheduler
 from sftd.domain.spec.spec import Spec
@@ -29,7 +29,7 @@ def no_model(spec: Spec) -> Iterator[Problem]:
 
 def no_train_files(spec: Spec) -> Iterator[Problem]:
     """A run trains on data."""
-    if not spec.data.train_files:
+    if not spec.data.all_train_files and not spec.data.sources:
         fix = "give at least one Parquet file; `sftd prepare` makes one"
         yield Problem("data.train_files", "is empty", fix)
 
@@ -237,7 +237,7 @@ def code_of_the_model(spec: Spec) -> Iterator[Problem]:
 
 def no_validation(spec: Spec) -> Iterator[Problem]:
     """Without validation there is no best checkpoint."""
-    if not spec.data.val_files:
+    if not spec.data.all_val_files:
         what = "is empty: there is no validation, and keep_best has no effect"
         yield Problem("data.val_files", what)
 
@@ -294,6 +294,7 @@ SPEC = Rules(
     refuse=(
         no_model,
         no_train_files,
+        *mixture_rules.MIXTURE.refuse,
         unusable_name,
         save_dir_with_nul,
         virtual_pipeline_alone,

@@ -25,6 +25,25 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """A part of the spec."""
 
 
+class Source(Section, frozen=True):
+    """An entry of `data.sources`. Without `weight` it is read `epochs` times."""
+
+    name: str
+    files: list[str]
+    weight: NonNegative | None = None
+    epochs: Annotated[float, Meta(gt=0.0)] | None = None
+    val_files: list[str] = msgspec.field(default_factory=list)
+    max_rows: Size | None = None
+    on_exhausted: Literal["repeat", "stop"] = "repeat"
+
+
+class Stage(Section, frozen=True):
+    """An entry of `data.stages`: other weights of sources, by name, up to and with a step."""
+
+    until_step: Size
+    weights: dict[str, NonNegative]
+
+
 class Data(Section, frozen=True):
     """`data`: training and validation data. Parquet with `input_ids`, `attention_mask`, `labels` (see `sftd prepare`)."""
 
@@ -35,6 +54,23 @@ class Data(Section, frozen=True):
     val_files: Annotated[list[str], Meta(description="Parquet files to validate on, as train_files")] = (
         msgspec.field(default_factory=list)
     )
+    sources: Annotated[
+        list[Source],
+        Meta(
+            description="a mixture, instead of train_files: a list of {name, files, weight or epochs, val_files, max_rows, "
+            "on_exhausted}, see mixtures.md"
+        ),
+    ] = msgspec.field(default_factory=list)
+    weights_by: Annotated[
+        Literal["rows", "tokens"],
+        Meta(description="whether the weights of sources are shares of the rows or of the trained tokens"),
+    ] = "rows"
+    stages: Annotated[
+        list[Stage],
+        Meta(
+            description="a curriculum: a list of {until_step, weights}; after the last stage the weights of sources apply"
+        ),
+    ] = msgspec.field(default_factory=list)
     train_batch_size: Annotated[
         Size, Meta(description="samples per optimizer step over all GPUs: the global or effective batch")
     ] = 64
@@ -48,6 +84,16 @@ class Data(Section, frozen=True):
     shuffle: Annotated[
         bool, Meta(description="new order in each epoch, a function of (seed, epoch) only")
     ] = True
+
+    @property
+    def all_train_files(self) -> list[str]:
+        """The files to train on, those of sources in their order."""
+        return [*self.train_files, *(file for source in self.sources for file in source.files)]
+
+    @property
+    def all_val_files(self) -> list[str]:
+        """The files to validate on: those without a source, then those of sources in their order."""
+        return [*self.val_files, *(file for source in self.sources for file in source.val_files)]
 
 
 class Training(Section, frozen=True):

@@ -121,14 +121,16 @@ class Spec(Section, frozen=True):
         group = m.pipeline_model_parallel_size if (m.virtual_pipeline_model_parallel_size or 1) > 1 else 1
         return -(-count // group) * group
 
-    def planned_steps(self, train_rows: int, start: OrderStart = FROM_THE_BEGINNING) -> int:
-        """Optimizer steps of the whole run over `train_rows` usable rows, including the steps before `start`.
+    def planned_steps(self, train_rows: int | None, start: OrderStart = FROM_THE_BEGINNING) -> int:
+        """Optimizer steps of the whole run over `train_rows` usable rows, including the steps before `start`. None: a mixture of
+        sources that are repeated, which has no epochs.
 
         An epoch sees every row at least once. Its last batch is filled from the next epoch, so that every step has the same
         number of samples and no row is dropped.
         """
         if self.trainer.max_steps is not None:
             return self.trainer.max_steps
+        assert train_rows is not None, "such a mixture has trainer.max_steps"
         left = max(0, (self.trainer.epochs or 1) * train_rows - start.sample)
         return start.step - (-left // self.data.train_batch_size)
 
@@ -143,6 +145,9 @@ _DEFAULTS = Spec()
 # Keys that were added later, so that digests of older specs do not include them.
 _ADDED_KEYS = (
     ("checkpoint", "after_success"),
+    ("data", "sources"),
+    ("data", "stages"),
+    ("data", "weights_by"),
     ("model", "freeze"),
     ("model", "freeze_router"),
     ("model", "lora"),

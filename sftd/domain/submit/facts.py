@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from sftd.domain.data.chat_template import ChatTemplate
-from sftd.domain.data.facts import DataFacts
+from sftd.domain.data.facts import DataFacts, SourceFacts
 from sftd.domain.errors import Problem
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.model.peft import PeftAdapter
@@ -38,7 +38,7 @@ class SaveFolder(msgspec.Struct, frozen=True, kw_only=True):
 class Parent(msgspec.Struct, frozen=True, kw_only=True):
     """The run that a fork starts from. `model` is its model's shape. `model_files` is the record of its model folder, None
     without a record or if the fork uses another folder; `own_files` is that of the parent's folder in any case. `spec` is the
-    parent's. With `may_change_files` a changed folder is allowed.
+    parent's, `sources` are those of its mixture. With `may_change_files` a changed folder is allowed.
 
     `checkpoint` is the step of the fork's checkpoint, None for the pretrained model. `dtype` is the training dtype of the
     checkpoint, empty if unknown. `is_direct`: at least part of the parent was trained without a daemon."""
@@ -52,6 +52,7 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: int | None
     dtype: str
     is_direct: bool
+    sources: tuple[SourceFacts, ...] = ()
 
 
 class SubmitFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -164,6 +164,19 @@ def parent_without_daemon(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
         yield Problem(parent.run_id, what, fix)
 
 
+def source_with_other_files(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
+    """A source whose rows have changed begins at its first row."""
+    if facts.parent is None or facts.train is None:
+        return
+    was = {source.name: source.digest for source in facts.parent.sources}
+    for source in facts.train.sources:
+        if was.get(source.name, source.digest) != source.digest:
+            what = (
+                f"{source.name} has other files than in {facts.parent.run_id}, and is read from its first row"
+            )
+            yield Problem("data.sources", what)
+
+
 FORK = Rules(
     refuse=(
         changed_model_folder,
@@ -174,5 +187,5 @@ FORK = Rules(
         other_frozen_weights_than_checkpoint,
         other_precision_than_checkpoint,
     ),
-    warn=(accepted_model_folder, parent_without_daemon),
+    warn=(accepted_model_folder, parent_without_daemon, source_with_other_files),
 )

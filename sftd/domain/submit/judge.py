@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import msgspec
 
+from sftd.domain.data import mixture
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Problem
 from sftd.domain.model.rules import MODEL
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec
@@ -25,10 +27,10 @@ class Verdict(msgspec.Struct, frozen=True):
 def judge(
     spec: Spec,
     facts: SubmitFacts,
-    start: Callable[[str], OrderStart] = lambda train_digest: FROM_THE_BEGINNING,
+    start: Callable[[DataFacts], OrderStart] = lambda train: FROM_THE_BEGINNING,
 ) -> Verdict:
     """Judge whether a run may be queued. The spec is already parsed, so it satisfies `SPEC` of `domain/spec/rules.py`. `start`
-    maps the digest of the training data to the position from which the run reads."""
+    maps the training data to the position from which the run reads."""
     problems = [*facts.unreadable, *FACTS.problems(spec, facts), *FORK.problems(spec, facts)]
     warnings = FACTS.warnings(spec, facts) + FORK.warnings(spec, facts)
     if facts.shape is not None:
@@ -36,8 +38,11 @@ def judge(
         warnings += MODEL.warnings(spec, facts.shape)
     if problems or facts.shape is None or facts.train is None:
         return Verdict(problems)
-    beginning = start(facts.train.digest)
-    planned = spec.planned_steps(facts.train.usable, beginning)
+    beginning = start(facts.train)
+    rows: int | None = facts.train.usable
+    if spec.data.sources:
+        rows = mixture.of_facts(spec, facts.train.sources).epoch_rows
+    planned = spec.planned_steps(rows, beginning)
     facts = msgspec.structs.replace(facts, planned_steps=planned, first_step=beginning.step)
     if problems := PLANNED.problems(spec, facts):
         return Verdict(problems)

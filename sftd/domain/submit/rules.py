@@ -82,6 +82,14 @@ def nothing_to_train(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
             yield Problem(where, what, fix)
 
 
+def source_without_rows(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
+    """Each source of a mixture must have rows to give."""
+    for source in facts.train.sources if facts.train is not None else ():
+        if not source.rows:
+            what = f"no row of {source.name} has a trained label within {spec.data.sequence_length} tokens"
+            yield Problem("data.sources", what, "remove the source, or raise data.sequence_length")
+
+
 def _too_long(spec: Spec, data: DataFacts) -> str:
     length = spec.data.sequence_length
     return f"{data.truncated} of {data.rows} rows are longer than data.sequence_length {length}"
@@ -201,6 +209,7 @@ FACTS = Rules(
         save_folder_not_writable,
         prompts_without_tokenizer,
         nothing_to_train,
+        source_without_rows,
         rows_not_to_truncate,
         *adapter_rules.ADAPTERS.refuse,
     ),

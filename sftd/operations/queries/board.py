@@ -12,7 +12,7 @@ import msgspec
 import sqlalchemy as sa
 
 from sftd.domain.compare.curves import Curves, RunCurves
-from sftd.domain.log.events import Micros, Recorded
+from sftd.domain.log.events import Micros, Recorded, SourceFigures
 from sftd.domain.queue.order import Limits
 from sftd.domain.run.goodput import Ledger
 from sftd.domain.run.state import ACTIVE, Run
@@ -36,12 +36,13 @@ _NODES_MICROS = 5_000_000
 
 class RunLine(msgspec.Struct, frozen=True, kw_only=True):
     """A run that a daemon drives. `losses` are those of the last steps. Speed and MFU are means over the last few steps, None
-    if no step has them. `stepped_at` is the end of the last step."""
+    if no step has them; so is the accuracy. `stepped_at` is the end of the last step."""
 
     run: Run
     losses: list[float]
     tokens_per_second: float | None
     mfu: float | None
+    token_accuracy: float | None
     memory: int | None
     seconds_left: float | None
     stepped_at: Micros | None
@@ -62,7 +63,8 @@ class Board(msgspec.Struct, frozen=True):
 
 
 class RunBoard(msgspec.Struct, frozen=True):
-    """One look at one run. `history` holds the curves that are read so far; `ledger` is None until `is_complete`."""
+    """One look at one run. `history` holds the curves that are read so far; `ledger` is None until `is_complete`. `sources`: those
+    of the last step."""
 
     at: Micros
     line: RunLine
@@ -71,6 +73,7 @@ class RunBoard(msgspec.Struct, frozen=True):
     is_complete: bool
     ledger: Ledger | None
     notices: list[Recorded]
+    sources: dict[str, SourceFigures] | None
 
 
 class _Steps:
@@ -107,6 +110,9 @@ class _Steps:
             losses=list(self._values("loss", _RECENT)),
             tokens_per_second=self.tokens_per_second(),
             mfu=self._curves.mean_over_time("mfu", self._curves.last - _SPEED + 1, self._curves.last),
+            token_accuracy=self._curves.mean(
+                "token_accuracy", self._curves.last - _SPEED + 1, self._curves.last
+            ),
             memory=int(max(self._values("memory"), default=0)) or None,
             seconds_left=left,
             stepped_at=self._at,
@@ -252,8 +258,10 @@ class RunObserver(_Watched):
             self._steps.catch_up(connection, self.run_id)
             read = curve_store.advance(connection, self.run_id, self._history, limit=_PAGE)
             notices = board_store.last_notices(connection, self.run_id, 4 * _NOTICES_OF_RUN)
+            step = event_store.last_step(connection, self.run_id) if run.step else None
         kept = [r for r in notices if r.event.severity != "detail"][:_NOTICES_OF_RUN]
         line = self._steps.line(run, row, kept[0] if kept else None)
         is_complete = read < _PAGE
         ledger = self._history.fold.ledger(now) if is_complete else None
-        return RunBoard(now, line, row, self._history, is_complete, ledger, kept)
+        sources = step.sources if step else None
+        return RunBoard(now, line, row, self._history, is_complete, ledger, kept, sources)

@@ -27,7 +27,8 @@ _TAIL = 0.05
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """A run in numbers; None is unknown. `inherited_steps` and their tokens are those of parents, before the fork. Validations,
-    time, devices and speed are the run's own. `tail_loss` is the mean over the last 5 % of the steps."""
+    time, devices and speed are the run's own. `tail_loss` and `token_accuracy` are means over the last 5 % of the steps,
+    `source_losses` those of the last step."""
 
     run_id: str
     status: str
@@ -41,6 +42,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     anomalies: int
     loss: float | str | None
     tail_loss: float | None
+    token_accuracy: float | None
+    source_losses: dict[str, float]
     lowest_loss: float | None
     lowest_loss_step: int | None
     val_loss: float | str | None
@@ -101,7 +104,8 @@ def _side(connection: sa.Connection, run: Run, now: Micros, price: float | None)
     history = RunCurves(_inherited(connection, run))
     curve_store.advance(connection, run.run_id, history, until_version=run.version)
     ledger = history.fold.ledger(now)
-    return Side(run, history.curves, ledger, _figures(run, history, ledger, now, price))
+    last = event_store.last_step(connection, run.run_id)
+    return Side(run, history.curves, ledger, _figures(run, history, last, ledger, now, price))
 
 
 def _inherited(connection: sa.Connection, run: Run) -> Curves:
@@ -127,7 +131,14 @@ def _submitted(connection: sa.Connection, run_id: str) -> e.RunSubmitted | None:
     return event if isinstance(event, e.RunSubmitted) else None
 
 
-def _figures(run: Run, history: RunCurves, ledger: Ledger, now: Micros, price: float | None) -> Figures:
+def _figures(
+    run: Run,
+    history: RunCurves,
+    last_step: e.StepCompleted | None,
+    ledger: Ledger,
+    now: Micros,
+    price: float | None,
+) -> Figures:
     curves = history.curves
     own = run.first_step + 1
     seconds = math.fsum(curves.values("seconds", own, curves.last))
@@ -150,6 +161,12 @@ def _figures(run: Run, history: RunCurves, ledger: Ledger, now: Micros, price: f
         anomalies=run.anomalies,
         loss=run.loss if run.loss is not None else _last_loss(curves),
         tail_loss=curves.mean("loss", curves.last - tail + 1, curves.last) if len(curves) else None,
+        token_accuracy=curves.mean("token_accuracy", curves.last - tail + 1, curves.last)
+        if len(curves)
+        else None,
+        source_losses={
+            name: of.loss for name, of in ((last_step.sources if last_step else None) or {}).items()
+        },
         lowest_loss=lowest[1] if lowest else None,
         lowest_loss_step=lowest[0] if lowest else None,
         val_loss=last.loss if last else None,

@@ -63,6 +63,7 @@ def inspect(
             model_files=submitted.model_files if is_same_folder else None,
             own_files=submitted.model_files,
             spec=parent.spec,
+            sources=parent.sources,
             may_change_files=changed_model,
             checkpoint=point.step if point else None,
             dtype=checkpoint_dir.saved(Path(point.path)).dtype if point else "",
@@ -70,7 +71,7 @@ def inspect(
         )
     return preflight.inspect(
         spec,
-        lambda digest: trajectory.forked_order(parent, step, spec, digest),
+        lambda train: trajectory.forked_order(parent, step, spec, train.digest, train.sources)[0],
         known=SubmitFacts(parent=known, hosts=hosts, has_checkpoint=point is not None),
         home=home,
     )

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 
 from sftd.domain.compare import plan_outcome
 from sftd.domain.compare.plan_outcome import MeasuredRun, Outcome
-from sftd.domain.log.events import Micros, RunSubmitted, StepCompleted
+from sftd.domain.log.events import Micros, RunSubmitted
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.duration import Machine
 from sftd.domain.run.goodput import Ledger
@@ -35,8 +35,7 @@ def outcome(store: Store, run: Run, ledger: Ledger) -> Outcome | None:
         submitted = _submitted(connection, run.run_id)
         if submitted is None:
             return None
-        last = event_store.last_of(connection, run.run_id, StepCompleted.__name__)
-        step = last.event if last is not None and isinstance(last.event, StepCompleted) else None
+        step = event_store.last_step(connection, run.run_id)
         return plan_outcome.outcome(
             run, submitted, step, ledger.held_seconds, _earlier(connection, run.submitted_at)
         )

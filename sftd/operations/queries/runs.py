@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from sftd.domain.log.events import Micros, Recorded
+from sftd.domain.log.events import Micros, Recorded, StepCompleted, ValidationCompleted
 from sftd.domain.run.goodput import Ledger
 from sftd.domain.run.state import Run
 from sftd.store.database.engine import Store
@@ -161,6 +161,19 @@ def goodput(store: Store, run_id: str, now: Micros) -> Ledger:
     """How a run spent its time until its end, or until `now` (µs)."""
     with store.read() as connection:
         return read_ledger(connection, run_id, now)
+
+
+def last_measured(store: Store, run: Run) -> tuple[StepCompleted | None, ValidationCompleted | None]:
+    """The run's last step and last validation, if they are those of its state: a resume may have taken them back."""
+    validated = -1 if run.last_validation is None else run.last_validation.step
+    with store.read() as connection:
+        step = event_store.last_step(connection, run.run_id) if run.step else None
+        found = event_store.last_of(connection, run.run_id, ValidationCompleted.__name__)
+    validation = found.event if found and isinstance(found.event, ValidationCompleted) else None
+    return (
+        step if step and step.step == run.step else None,
+        validation if validation and validation.step == validated else None,
+    )
 
 
 def run_events(

@@ -133,11 +133,19 @@ def branch_version(connection: sa.Connection, fork: RunForked) -> int | None:
 
 
 def last_of(connection: sa.Connection, run_id: str, type_name: str) -> Recorded | None:
-    """A run's last event of a type. Fast if that event is near the end of the stream."""
+    """A run's last event of a type. Fast if that event is near the end of the stream, steps aside."""
     c = events.c
     query = sa.select(events).where(c.run_id == run_id, c.type == type_name)
+    if type_name != StepCompleted.__name__:
+        query = query.where(NO_STEP)
     row = connection.execute(query.order_by(c.version.desc()).limit(1)).first()
     return None if row is None else to_recorded(row)
+
+
+def last_step(connection: sa.Connection, run_id: str) -> StepCompleted | None:
+    """The last step that a run's log has; it may be taken back."""
+    found = last_of(connection, run_id, StepCompleted.__name__)
+    return found.event if found is not None and isinstance(found.event, StepCompleted) else None
 
 
 def read_types(connection: sa.Connection, run_ids: Sequence[str], types: Sequence[str]) -> list[Recorded]:

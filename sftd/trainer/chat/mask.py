@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 class MaskedChat:
     """A tokenised conversation.
 
-    `input_ids` [n]; `labels` [n], unshifted: `labels[i] == input_ids[i]` on trained tokens, -100 elsewhere. `unstopped`:
-    number of answers without a stop token. `loses`: whether the vocabulary lacks characters of the text.
+    `input_ids` [n]; `labels` [n], unshifted: `labels[i] == input_ids[i]` on trained tokens, -100 elsewhere. `weights` [n]: of
+    the loss of each trained token; None if all are 1. `unstopped`: number of answers without a stop token. `loses`: whether the vocabulary lacks characters of the text.
     """
 
     input_ids: list[int]
     labels: list[int]
+    weights: list[float] | None
     unstopped: int
     loses: bool
 
@@ -116,9 +117,10 @@ class ChatMasker:
     def _mask(self, chat: RenderedChat, ids: list[int], offsets: Sequence[Span]) -> MaskedChat:
         spans = _contiguous(offsets)
         labels = [IGNORE_INDEX] * len(ids)
+        weights = None if set(chat.weights) <= {1} else [1.0] * len(ids)
         unstopped = 0
         token = 0
-        for start, end in chat.answers:
+        for (start, end), weight in zip(chat.answers, chat.weights, strict=True):
             while token < len(ids) and not _carries(chat.text, spans[token], start):
                 token += 1
             first = token
@@ -127,7 +129,9 @@ class ChatMasker:
             last, stopped = self._close(chat.text, ids, spans, first, token)
             unstopped += not stopped
             labels[first:last] = ids[first:last]
-        return MaskedChat(ids, labels, unstopped, self._round_trip.loses(chat.text, ids))
+            if weights is not None:
+                weights[first:last] = [weight] * (last - first)
+        return MaskedChat(ids, labels, weights, unstopped, self._round_trip.loses(chat.text, ids))
 
     def _close(self, text: str, ids: list[int], spans: list[Span], first: int, end: int) -> tuple[int, bool]:
         """End of the answer in tokens [first, end), its stop token included, and whether it has one."""

@@ -7,7 +7,7 @@ answer, and reports it as rewritten if the original text is not found. Templates
 (`{% generation %}`) are trusted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,13 +33,14 @@ _QUESTION: Message = {"role": "user", "content": "Question?"}
 class RenderedChat:
     """A conversation as text, and the character spans of its trained answers. A span may or may not include the stop token.
 
-    `rewritten`: number of answers that are left out because the template rewrote them. `as_shown`: number of answers that
+    `weights`: of each answer's loss. `rewritten`: number of answers that are left out because the template rewrote them. `as_shown`: number of answers that
     are trained as in the text, although at inference the template puts something before them. `template`: its name.
     `arguments`: the form of the tool calls' arguments, None without calls.
     """
 
     text: str
     answers: list[Span]
+    weights: list[float]
     rewritten: int = 0
     as_shown: int = 0
     template: str = "default"
@@ -98,23 +99,23 @@ class ChatRenderer:
         and `rewritten` is `refuse`.
         """
         trained = {
-            turn
+            turn: float(message.get("weight", 1))
             for turn, message in enumerate(messages)
             if message["role"] == "assistant" and message.get("weight") != 0
         }
         messages = [{key: value for key, value in m.items() if key != "weight"} for m in messages]
         messages, form, whole = self._locate_in_form(messages, tools, trained)
         if rewritten == "split":
-            rows = self._split(messages, tools, whole)
+            rows = self._split(messages, tools, trained, whole)
         elif whole.rewritten and rewritten == "refuse":
             raise rewritten_answer(min(whole.rewritten))
         else:
-            rows = [_row(whole, None, len(whole.rewritten), len(whole.as_shown))]
+            rows = [_row(whole, trained, None, len(whole.rewritten), len(whole.as_shown))]
         name = self.template.name(tools)
         return [replace(row, template=name, arguments=form) for row in rows]
 
     def _locate_in_form(
-        self, messages: list[Message], tools: list[Any] | None, turns: set[int]
+        self, messages: list[Message], tools: list[Any] | None, turns: Mapping[int, float]
     ) -> tuple[list[Message], tool_arguments.Form | None, _Located]:
         """The messages with their calls' arguments in the form that the template supports, that form, and the answers."""
         if not tool_arguments.have_objects(messages):
@@ -136,15 +137,19 @@ class ChatRenderer:
         return messages, "object", located
 
     def _split(
-        self, messages: Sequence[Message], tools: list[Any] | None, whole: _Located
+        self,
+        messages: Sequence[Message],
+        tools: list[Any] | None,
+        weights: Mapping[int, float],
+        whole: _Located,
     ) -> list[RenderedChat]:
         """The whole chat with its unchanged answers, and further chats that end with the other answers."""
         left = whole.rewritten | whole.as_shown
         exact = set(whole.spans) - left
-        rows = [_row(whole, exact)] if exact else []
+        rows = [_row(whole, weights, exact)] if exact else []
         while left:
             turn = max(left)
-            part = self._locate(messages[: turn + 1], tools, {t for t in left if t <= turn})
+            part = self._locate(messages[: turn + 1], tools, {t: weights[t] for t in left if t <= turn})
             exact = set(part.spans) - part.rewritten - part.as_shown
             if turn not in exact:
                 tag = opened_tag(self._opening) if turn in part.as_shown else None
@@ -153,11 +158,14 @@ class ChatRenderer:
                     if tag
                     else rewritten_answer(turn, "even where nothing follows it")
                 )
-            rows.append(_row(part, exact))
+            rows.append(_row(part, weights, exact))
             left -= exact
         return rows[::-1]
 
-    def _locate(self, messages: Sequence[Message], tools: list[Any] | None, turns: set[int]) -> _Located:
+    def _locate(
+        self, messages: Sequence[Message], tools: list[Any] | None, turns: Mapping[int, float]
+    ) -> _Located:
+        """Find the answers of the given turns, whose values are their weights."""
         if any(_PLACEHOLDER in str(message.get("content")) for message in messages):
             raise ChatError(f"a message contains {_PLACEHOLDER!r}, which is reserved; remove it")
         if marks_answers(self.template.source(tools)):
@@ -305,7 +313,7 @@ class ChatRenderer:
         return _Turn(*parts)
 
     def _locate_marked(
-        self, messages: Sequence[Message], tools: list[Any] | None, turns: set[int]
+        self, messages: Sequence[Message], tools: list[Any] | None, turns: Mapping[int, float]
     ) -> _Located:
         """Render under a template that marks the answers itself."""
         text, marked = self.template.render_marked(messages, tools)
@@ -314,9 +322,9 @@ class ChatRenderer:
             raise ChatError("the chat template marks no text of this chat as the assistant's")
         answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         if len(blocks) != len(answers):
-            if len(turns) != len(answers):
+            if [turns.get(turn) for turn in answers] != [1] * len(answers):
                 raise ChatError(
-                    f"the chat template marks {len(blocks)} answers of {len(answers)}, so those with the weight 0 cannot "
+                    f"the chat template marks {len(blocks)} answers of {len(answers)}, so those with a weight cannot "
                     "be identified. Leave out the weights, or use another chat template"
                 )
             return _Located(text, dict(enumerate(blocks)), set(), set())
@@ -361,11 +369,17 @@ class ChatRenderer:
 
 
 def _row(
-    located: _Located, turns: set[int] | None = None, rewritten: int = 0, as_shown: int = 0
+    located: _Located,
+    weights: Mapping[int, float],
+    turns: set[int] | None,
+    rewritten: int = 0,
+    as_shown: int = 0,
 ) -> RenderedChat:
-    """The chat with the answers of the given turns, by default all."""
-    spans = [span for turn, span in sorted(located.spans.items()) if turns is None or turn in turns]
-    return RenderedChat(located.text, spans, rewritten, as_shown)
+    """The chat with the answers of the given turns, by default all. A turn without a weight has 1."""
+    spans = {turn: span for turn, span in sorted(located.spans.items()) if turns is None or turn in turns}
+    return RenderedChat(
+        located.text, [*spans.values()], [weights.get(turn, 1.0) for turn in spans], rewritten, as_shown
+    )
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:

@@ -1,12 +1,17 @@
 """Converts a row of a file, in any supported shape, to a checked conversation.
 
 Shapes, by their fields: `messages` (role and content), `conversations` (ShareGPT's from and value), `prompt` and
-`completion` (or `response`; text or messages), `instruction` and `output` (Alpaca, with `input`, `system`, `history`).
-Any shape may have `tools`, the model's tools, and `chat_template_kwargs`, variables of the chat template.
+`completion` (or `response`; text or messages), `instruction` and `output` (Alpaca, with `input`, `system`, `history`); or
+the row itself is the list of messages. Any shape may have `tools` (or `functions`), the model's tools, and
+`chat_template_kwargs`, variables of the chat template.
 """
 
+import ast
 import hashlib
 import json
+import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +22,10 @@ from sftd.trainer.chat.tool_arguments import ParsedArguments
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _ALIASES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "observation": "tool",
@@ -28,11 +35,13 @@ _ALIASES = {
     "ipython": "tool",
 }
 _CALLS = frozenset({"function_call", "tool_call"})
-
+# Other names of a message's content.
+_CONTENTS = ("value", "text")
+_TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 # Fields of a message that are read here or used by templates.
 _FIELDS = frozenset(
-    {"role", "content", "from", "value", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
+    {"role", "content", "from", *_CONTENTS, "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
     | {"reasoning_content", "reasoning", "thinking", *MARKS}
 )
 # Keywords of a JSON schema whose value may be null.
@@ -45,33 +54,49 @@ class Conversation:
     """A checked conversation. `messages` have role, content (text) and, for an assistant, tool_calls; an answer with the
     `weight` 0 is not trained. `tools`: in the form for a template, or None. `shape`: the source field or fields.
 
-    `template_args`: the row's variables for the template. `is_trained`: False for a row marked as not trained. `unread`: the
-    row's unused fields. `unknown`: fields of messages that only a template could use. `ignored`: marks that have no effect.
+    `template_args`: the row's variables for the template. `weight`: of the row's loss; 0 for a row marked as not trained.
+    `unread`: the row's unused fields. `unknown`: fields of messages that only a template could use. `ignored`: marks that have
+    no effect.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     shape: str
     template_args: dict[str, Any] = field(default_factory=dict)
-    is_trained: bool = True
+    weight: float = 1.0
     unread: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
     def key(self) -> bytes:
         """8-byte hash of the conversation's content, independent of its place and of the shape of its row."""
+        return self._digest(self.messages, str.strip)
+
+    def loose_key(self) -> bytes:
+        """As `key`, but equal for texts that differ in case and whitespace only."""
+        return self._digest(self.messages, _loosened)
+
+    def prompt_key(self) -> bytes:
+        """As `loose_key`, of the user's messages alone."""
+        asked = [{"content": m["content"]} for m in self.messages if m["role"] == "user"]
+        return self._digest(asked, _loosened)
+
+    def _digest(self, messages: list[dict[str, Any]], text_of: Callable[[str], str]) -> bytes:
         content = [
-            {k: v.strip() if isinstance(v, str) else v for k, v in message.items() if k != "weight"}
-            for message in self.messages
+            {k: text_of(v) if isinstance(v, str) else v for k, v in message.items() if k != "weight"}
+            for message in messages
         ]
         # Parquet has types that JSON lacks, such as times.
-        text = json.dumps([content, self.tools], sort_keys=True, ensure_ascii=False, default=str)
+        tools = self.tools if messages is self.messages else None
+        text = json.dumps([content, tools], sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).digest()[:8]
 
 
 def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
     """Read a row. `keys` names the fields of the chat; None detects them. Raises ChatError."""
     keys = keys or RowKeys()
+    if isinstance(row, list) and not keys.named:
+        row = {"messages": row}
     if not isinstance(row, dict):
         raise ChatError(f"the row is {_kind(row)}, not an object with the fields of a chat")
     given = {name: value for name, value in row.items() if value is not None}
@@ -89,8 +114,10 @@ def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
                 f"the row has no messages: the field {shape!r} must be a list of objects with role and content, "
                 "and not empty. Fix or remove the row, or name the field that holds the chat"
             )
-    ignored = [f"{name} of a row" for name in MARKS if name in given and not _is_mark(given[name])]
-    is_trained = all(given[name] for name in MARKS if name in given and _is_mark(given[name]))
+    weight = None if _number(given.get("weight")) is None else _weight(given["weight"], "the row")
+    marks = {name: given[name] for name in MARKS if name in given and (name != "weight" or weight is None)}
+    ignored = [f"{name} of a row" for name, value in marks.items() if not _is_mark(value)]
+    is_trained = all(value for value in marks.values() if _is_mark(value))
     unknown = {
         name for message in messages if isinstance(message, dict) for name in message if name not in _FIELDS
     }
@@ -115,10 +142,10 @@ def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
         )
     return Conversation(
         checked,
-        _tools(given.get("tools")),
+        _tools(given.get("tools", given.get("functions"))),
         shape,
         _template_args(given.get("chat_template_kwargs")),
-        is_trained,
+        (1.0 if weight is None else weight) * is_trained,
         tuple(name for name in list(given)[:_MAX_KEYS] if not keys.reads(name)),
         tuple(sorted(map(str, unknown))[:_MAX_KEYS]),
         tuple(ignored),
@@ -130,6 +157,25 @@ def _is_mark(value: Any) -> bool:
     return isinstance(value, bool | int | float) and value in (0, 1)
 
 
+def _loosened(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _number(value: Any) -> float | None:
+    """A number, or the number that a text has, as in CSV; None for other values."""
+    try:
+        return float(value) if isinstance(value, bool | int | float | str) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _weight(value: Any, where: str) -> float:
+    weight = _number(value)
+    if weight is not None and 0 <= weight < math.inf:
+        return weight
+    raise ChatError(f"{where} has the weight {str(value)[:40]}; it must be a number that is 0 or greater")
+
+
 def _parsed(value: Any, what: str, opens: str = "[{") -> Any:
     """The parsed value of JSON text; any other value unchanged. Raises ChatError."""
     if not isinstance(value, str) or value.lstrip()[:1] not in tuple(opens):
@@ -137,7 +183,18 @@ def _parsed(value: Any, what: str, opens: str = "[{") -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise ChatError(f"{what} is text that is not JSON ({error})") from error
+        if (made := _python_value(value)) is None:
+            raise ChatError(f"{what} is text that is not JSON ({error})") from error
+        return made
+
+
+def _python_value(text: str) -> Any:
+    """The value of a list or dict as Python prints it, which pandas writes into CSV; None for other text."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of unusual escapes
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
 
 
 def _template_args(value: Any) -> dict[str, Any]:
@@ -178,16 +235,17 @@ def _message(message: Any, number: int) -> dict[str, Any]:
     _take_marks(given, number)
     if "from" in given and "role" not in given:
         given["role"] = given.pop("from")
-        if "value" in given and "content" not in given:
-            given["content"] = given.pop("value")
-    role = given.get("role")
-    if isinstance(role, str) and role in _CALLS:
-        given |= {"role": "assistant", "tool_calls": given.get("content"), "content": ""}
-    elif isinstance(role, str):
-        given["role"] = _ALIASES.get(role, role)
-    role = given.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ChatError(f"message {number} has the role {role!r}; use one of {', '.join(sorted(_ROLES))}")
+    if "content" not in given and (name := next((n for n in _CONTENTS if n in given), None)):
+        given["content"] = given.pop(name)
+    named = given.get("role")
+    role = named.lower() if isinstance(named, str) else None
+    if role in _CALLS:
+        given |= {"tool_calls": given.get("content"), "content": ""}
+        role = "assistant"
+    role = _ALIASES.get(str(role), role)
+    if role is None or role not in _ROLES:
+        raise ChatError(f"message {number} has the role {named!r}; use one of {', '.join(sorted(_ROLES))}")
+    given["role"] = role
     if role == "assistant" and "function_call" in given:  # OpenAI's older form
         given.setdefault("tool_calls", given.pop("function_call"))
     if "tool_calls" in given:
@@ -203,17 +261,19 @@ def _message(message: Any, number: int) -> dict[str, Any]:
 
 
 def _take_marks(message: dict[str, Any], number: int) -> None:
-    """Replace a message's marks with its `weight`: 0 or 1."""
+    """Replace a message's marks with its `weight`, a number that is 0 or greater."""
     marks = {name: message.pop(name) for name in MARKS if name in message}
+    if "weight" in marks:
+        marks["weight"] = _weight(marks["weight"], f"message {number}")
     for name, value in marks.items():
-        if not _is_mark(value):
+        if name != "weight" and not _is_mark(value):
             raise ChatError(
                 f"message {number} has the {name} {str(value)[:40]}; it can only be 0 or 1, false or true"
             )
     if len({bool(value) for value in marks.values()}) > 1:
         raise ChatError(f"the marks of message {number} contradict each other: {', '.join(marks)}")
     if marks:
-        message["weight"] = int(next(iter(marks.values())))
+        message["weight"] = float(next(iter(marks.values())))
 
 
 def _content(content: Any, number: int, role: str) -> str:
@@ -234,7 +294,7 @@ def _content(content: Any, number: int, role: str) -> str:
 def _text_part(part: Any) -> str | None:
     """The text of one part of a content; None for other parts, such as images."""
     if isinstance(part, dict):
-        part = part.get("text") if part.get("type", "text") == "text" else None
+        part = part.get("text") if part.get("type", "text") in _TEXT_PARTS else None
     return part if isinstance(part, str) else None
 
 

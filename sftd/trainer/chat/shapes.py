@@ -6,12 +6,12 @@ from typing import Any
 
 from sftd.trainer.chat.errors import ChatError
 
-CHAT_FIELDS = ("messages", "conversations")
+CHAT_FIELDS = ("messages", "conversations", "conversation")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"))
 ALPACA = ("instruction", "output")
 # Marks of rows and messages: whether they are trained.
 MARKS = ("weight", "loss", "train", "training", "train_on_turn")
-_BESIDE = frozenset({"input", "system", "history", "tools", "chat_template_kwargs", *MARKS})
+_BESIDE = frozenset({"input", "system", "history", "tools", "functions", "chat_template_kwargs", *MARKS})
 _READ = _BESIDE.union(CHAT_FIELDS, *_PAIRS)
 # Pairs of other data sets. Used only in advice, because these names have other meanings too.
 _OTHER_PAIRS = (

@@ -121,11 +121,14 @@ class BoundTemplate:
             raise ChatError(_refusal(error)) from error
         return str(texts[0]), list(marked[0])
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of a user's message and the generation prompt, or of the bare text without a template. Raises ChatError."""
-        if not self.sources and not self.chosen.name:
-            return list(self._tokenizer(prompt)["input_ids"])
-        text = self.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of a user's message, or of a chat, and the generation prompt; of the bare text without a template. Raises
+        ChatError."""
+        if isinstance(prompt, str):
+            if not self.sources and not self.chosen.name:
+                return list(self._tokenizer(prompt)["input_ids"])
+            prompt = [{"role": "user", "content": prompt}]
+        text = self.render(prompt, add_generation_prompt=True)
         # The template's text has all special tokens, so the tokenizer must not add its own.
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,6 +33,8 @@ class MicroBatch:
     samples lie end to end. With context parallelism s is this rank's share of `length`. length: tokens of a row,
     padding included. places: int64 [trained], ascending indices of the trained labels in the flattened transposed labels
     (Megatron's [s, b] order). trained, real: number of this rank's tokens that enter the loss, and that are not padding.
+    weights: FP32 [trained], those of the labels at `places`; None if all are 1. sources: int64 [trained], the sources of their
+    rows; None if all are the first.
     """
 
     tokens: Tensor
@@ -41,6 +44,8 @@ class MicroBatch:
     length: int
     trained: int
     real: int
+    weights: Tensor | None = None
+    sources: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -114,7 +119,7 @@ class Batching:
                 keys[row, : sample.keys.size] = sample.keys
         lengths = np.array([[sample.tokens.size] for sample in samples])
         return self._finish(
-            tokens, labels, is_real, np.arange(length), lengths.repeat(length, axis=1), None, keys
+            samples, tokens, labels, is_real, np.arange(length), lengths.repeat(length, axis=1), None, keys
         )
 
     def _pack(self, samples: Sequence[Sample], length: int) -> MicroBatch:
@@ -136,11 +141,12 @@ class Batching:
         positions = np.concatenate([np.arange(size) for size in sizes])
         lengths = np.repeat(sizes, sizes)
         return self._finish(
-            tokens[None], labels[None], is_real[None], positions, lengths[None], ends, keys[None]
+            samples, tokens[None], labels[None], is_real[None], positions, lengths[None], ends, keys[None]
         )
 
     def _finish(
         self,
+        samples: Sequence[Sample],
         tokens: Ints,
         labels: Ints,
         is_real: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
@@ -163,13 +169,17 @@ class Batching:
         labels = labels[:, mine]
         layout.positions = upload(positions[mine], self.device)
         numbers = self._numbers(is_real, ends)
-        layout.samples = upload(np.ascontiguousarray(numbers[:, mine].T), self.device)
+        numbers = np.ascontiguousarray(numbers[:, mine].T)
+        layout.samples = upload(numbers, self.device)
         layout.sample_count = len(labels) if ends is None else len(ends) - 1
         layout.lengths = upload(np.ascontiguousarray(lengths[:, mine].T), self.device)
         if keys.any():
             layout.dropout_keys = upload(np.ascontiguousarray(keys[:, mine].T), self.device)
         # Computed on the host: on the device, the dynamic size would force a synchronization.
         places = np.flatnonzero(labels.T != IGNORE_INDEX)
+        number, position = numbers.flat[places], positions[mine][places // len(labels)]
+        weights = _weights(samples, number, position)
+        sources = np.array([sample.source for sample in samples])
         return MicroBatch(
             tokens=upload(tokens[:, mine], self.device),
             labels=upload(labels, self.device),
@@ -178,6 +188,8 @@ class Batching:
             length=length,
             trained=places.size,
             real=int(is_real[:, mine].sum()),
+            weights=None if weights is None else upload(weights, self.device),
+            sources=upload(sources[number], self.device) if sources.any() else None,
         )
 
     @staticmethod
@@ -189,3 +201,12 @@ class Batching:
         else:
             numbers = np.repeat(np.arange(len(ends) - 1), np.diff(ends))[None]
         return np.where(is_real, numbers, -1)
+
+
+def _weights(samples: Sequence[Sample], number: Ints, position: Ints) -> npt.NDArray[np.float32] | None:
+    """The weights of labels, by the number of a label's sample and its position there; None if no sample has weights."""
+    if all(sample.weights is None for sample in samples):
+        return None
+    starts = np.cumsum([0, *(sample.labels.size for sample in samples)])
+    every = [np.ones(s.labels.size, np.float32) if s.weights is None else s.weights for s in samples]
+    return np.concatenate(every)[starts[number] + position]

@@ -6,11 +6,9 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -29,10 +27,12 @@ from sftd.trainer.checkpoint.checkpoints import Checkpoints, Progress
 from sftd.trainer.checkpoint.weights_digest import WeightsDigest
 from sftd.trainer.data.batches import Batching, MicroBatch
 from sftd.trainer.data.rows import Ints, Rows, write_spool
-from sftd.trainer.data.sample_order import SampleOrder, samples_digest
+from sftd.trainer.data.sample_order import mixture_of, order_of, samples_digest
 from sftd.trainer.data.spool import shared_folder
 from sftd.trainer.errors import DataError, LossSpike, NonFiniteLoss, UserError
+from sftd.trainer.loop.figures import figures_of
 from sftd.trainer.loop.meter import Meter
+from sftd.trainer.loop.sums import sum_over_ranks
 from sftd.trainer.loop.validate import validate
 from sftd.trainer.model.files_check import checked_spec
 from sftd.trainer.model.moe import balance
@@ -62,24 +62,6 @@ def run(attempt_path: str, make_reporter: Callable[[AttemptDir, bool], Reporter]
         sessions.close()
     finally:
         reporter.close()
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """One step, summed over all ranks. `grad_norm` is global; `peak_memory` is the maximum over the ranks, in bytes.
-
-    `is_written`: every rank has written its share of the save in flight.
-    """
-
-    loss: float
-    grad_norm: float
-    load_balancing: float
-    z: float
-    real: int
-    padded: int
-    stop: bool
-    is_written: bool
-    peak_memory: int
 
 
 class RankAttempt:
@@ -128,8 +110,8 @@ class RankAttempt:
         if self._spec.trainer.sample_prompts and order.last_step is None:
             from sftd.trainer.loop.generate import Generator
 
-            template = chat_template.of_files(self._spec.data.train_files)
-            self._generator = Generator(self._spec, session, shape.vocab_size, template)
+            template = chat_template.of_files(self._spec.data.all_train_files)
+            self._generator = Generator(self._spec, shape.vocab_size, template)
 
     def run(self) -> None:
         """Train to the last planned step, or to the first step boundary at which a stop was requested."""
@@ -174,7 +156,7 @@ class RankAttempt:
     def _bind_data(self, shape: ModelShape) -> None:
         spec, data = self._spec, self._spec.data
 
-        def rows(paths: list[str]) -> Rows:
+        def rows(paths: list[str], sources: list[int]) -> Rows:
             decode = partial(
                 write_spool,
                 paths=paths,
@@ -183,15 +165,22 @@ class RankAttempt:
                 vocab_size=shape.vocab_size,
             )
             with shared_folder(self._attempt.rows_dir, decode) as spool:
-                return Rows(spool)
+                return Rows(spool, sources)
 
         is_replay = self._order.last_step is not None
-        self._train, self._val = rows(data.train_files), rows([] if is_replay else data.val_files)
+        val_files = [] if is_replay else data.all_val_files
+        numbers = range(len(data.sources))
+        self._train = rows(data.all_train_files, [n for n in numbers for _ in data.sources[n].files])
+        of_sources = [n for n in numbers for _ in data.sources[n].val_files]
+        self._val = rows(val_files, [*[len(numbers)] * len(data.val_files), *of_sources])
         if not len(self._train):
             raise DataError(
-                f"no row of {', '.join(data.train_files)} has a trained label within {data.sequence_length} tokens"
+                f"no row of {', '.join(data.all_train_files)} has a trained label within {data.sequence_length} tokens"
             )
-        planned = spec.planned_steps(len(self._train))
+        epoch_rows: int | None = len(self._train)
+        if data.sources:
+            epoch_rows = mixture_of(spec, self._train, self._order.mixture).epoch_rows
+        planned = spec.planned_steps(epoch_rows)
         # Forks and runs that left samples out have a different plan.
         is_whole = self._order.order_start == FROM_THE_BEGINNING and not is_replay
         if is_whole and spec.trainer.max_steps is None and planned != self._order.planned_steps:
@@ -199,11 +188,15 @@ class RankAttempt:
                 f"the run was planned with {self._order.planned_steps} steps, but {len(self._train)} usable rows make "
                 f"{planned}: have the data files changed?"
             )
-        self._samples = SampleOrder(len(self._train), seed=spec.model.megatron.seed, shuffle=data.shuffle)
+        # Figures by source, if there are several. Validation files without a source are one, too.
+        names = [source.name for source in data.sources]
+        self._sources = names if len(names) > 1 else []
+        self._val_sources = [*names, "val_files"] if self._sources and data.val_files else self._sources
+        self._samples = order_of(spec, self._train, self._order.mixture)
         self._batching = Batching.of(spec, self._session)
         if self._session.layout.reports:
-            train_digest = _unchanged(data.train_files, self._order.train_digest)
-            val_digest = _unchanged([] if is_replay else data.val_files, self._order.val_digest)
+            train_digest = _unchanged(data.all_train_files, self._order.train_digest)
+            val_digest = _unchanged(val_files, self._order.val_digest)
             self._reporter.emit(
                 DataBound(
                     train_rows=len(self._train),
@@ -234,14 +227,26 @@ class RankAttempt:
         rate = learning_rate(step, self._spec, self._order.planned_steps)
         trained = int(self._train.trained[rows].sum())
         skips = "skip" in (self._spec.training.on_non_finite, self._spec.training.on_spike)
-        loss, norm = self._trainee.step(
-            batches, trained=trained, learning_rate=rate, accept=self._accept if skips else None
+        local, norm = self._trainee.step(
+            batches,
+            divisor=float(self._train.weights[rows].sum()),
+            learning_rate=rate,
+            accept=self._accept if skips else None,
+            sources=len(self._sources),
         )
         # The GPU is still computing, so this costs no time.
         self._next = self._prepare(step + 1) if step + 1 < self._order.planned_steps else None
-        router = balance.take_losses(self._trainee.chunks, loss.device)
-        sums = self._sum(
-            loss, norm, router, sum(b.real for b in batches), sum(b.tokens.numel() for b in batches)
+        router = balance.take_losses(self._trainee.chunks, local.device)
+        layout = self._session.layout
+        sums = sum_over_ranks(
+            local,
+            norm,
+            router,
+            layout,
+            batches,
+            wants_stop=process.stop_signalled() or (layout.reports and self._attempt.stop_requested()),
+            is_written=self._checkpoints.is_written,
+            peak_memory=self._meter.peak_memory(),
         )
         seconds = time.perf_counter() - started
         if self._weights_digest is not None:
@@ -270,6 +275,7 @@ class RankAttempt:
             peak_memory_bytes=sums.peak_memory,
             load_balancing_loss=sums.load_balancing if self._spec.model.moe.load_balancing_loss else None,
             z_loss=sums.z if self._spec.model.moe.z_loss else None,
+            **figures_of(sums.figures, self._train, rows, self._sources),
         )
         self._reporter.emit(event)
         self._judge(event)
@@ -321,40 +327,20 @@ class RankAttempt:
         rows = self._samples.rows(place, size)
         return rows, self._batching.batches(self._train, rows, place)
 
-    def _sum(self, loss: Tensor, norm: Tensor, router: Tensor, real: int, padded: int) -> _Sums:
-        """Reduce a step's results and stop requests over the ranks in one small all-reduce.
-
-        Here the host waits for the GPU.
-        """
-        layout = self._session.layout
-        wants_stop = process.stop_signalled() or (layout.reports and self._attempt.stop_requested())
-        # One slot per rank, so that the sum is a gather.
-        memory = [0.0] * dist.get_world_size()
-        memory[dist.get_rank()] = float(self._meter.peak_memory())
-        counts = [real * layout.counts, padded * layout.counts, wants_stop, self._checkpoints.is_written]
-        mine = torch.tensor([*counts, *memory], dtype=torch.float64).to(loss.device, non_blocking=True)
-        # Each rank has the routers' losses of its own tokens and layers.
-        vector = torch.cat([(loss * layout.counts)[None], router, mine])
-        dist.all_reduce(vector)
-        values = torch.cat([vector, norm[None]]).tolist()
-        return _Sums(
-            loss=values[0],
-            grad_norm=values[-1],
-            load_balancing=values[1],
-            z=values[2],
-            real=int(values[3]),
-            padded=int(values[4]),
-            stop=values[5] > 0,
-            is_written=values[6] == dist.get_world_size(),
-            peak_memory=int(max(values[7:-1])),
-        )
-
     def _validate(self) -> None:
         step = self._progress.step
         if len(self._val):
             round_size = self._spec.data.train_batch_size
             self._reporter.emit(
-                validate(step, self._trainee, self._val, self._batching, self._session, round_size)
+                validate(
+                    step,
+                    self._trainee,
+                    self._val,
+                    self._batching,
+                    self._session,
+                    round_size,
+                    self._val_sources,
+                )
             )
         if self._generator:
             for event in self._generator.answers(step, self._trainee):

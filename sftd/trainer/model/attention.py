@@ -1,4 +1,4 @@
-"""Causal attention for the layer spec, on PyTorch's SDPA: packed samples, context parallelism, a key-value cache for greedy
+"""Causal attention for the layer spec, on PyTorch's SDPA: packed samples, context parallelism, a key-value cache for
 answers, and the options of `ModelShape`."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from sftd.trainer.data.sequence_layout import Chunk, KeyValueCache, SequenceLayout
+from sftd.trainer.data.sequence_layout import Chunk, SequenceLayout
 from sftd.trainer.model.context_parallel import gather_stream
 from sftd.trainer.model.kernels import attention_options, exact_attention
 
@@ -76,7 +76,7 @@ class CausalAttention(MegatronModule):
         assert isinstance(layout, SequenceLayout)
         if layout.chunks is None:
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            out = self._attend(q, k, v) if layout.cache is None else self._cached(q, k, v, layout.cache)
+            out = self._attend(q, k, v) if layout.cache is None else self._cached(q, k, v, layout)
             return out.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
         if len(layout.chunks) > 1:
             key, value = gather_stream(key, value)
@@ -143,14 +143,23 @@ class CausalAttention(MegatronModule):
             )
         return cast(Tensor, out)[:, None]
 
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache) -> Tensor:
-        if cache.length:
-            old_k, old_v = cache.layers[self.layer_number]
-            k = torch.cat((old_k[:, :, : cache.length], k), dim=2)
-            v = torch.cat((old_v[:, :, : cache.length], v), dim=2)
-        cache.layers[self.layer_number] = (k, v)
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(cache.length)
-        return self._attend(q, k, v, mask)
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+        assert layout.cache is not None
+        is_first = not any(layout.cache.lengths)
+        keys, values = layout.cache.append(self.layer_number, layout.positions, k, v)
+        if is_first:
+            # Rows padded on the right, as in training.
+            return self._attend(q, k, v)
+        return attention_options.after_cached(
+            q,
+            keys,
+            values,
+            self.sinks,
+            layout.positions,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

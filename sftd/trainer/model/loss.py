@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,25 @@ from sftd.trainer.model import cross_entropy_cpu
 from sftd.trainer.model.gradients import accumulate_weight_gradient, mark_accumulated
 
 
+class _Found(NamedTuple):
+    """Of each row: its loss and the entropy of its probabilities in nats, FP32 [n], and whether no logit is above its label's,
+    bool [n]. 0 and false where the label is ignored."""
+
+    loss: Tensor
+    entropy: Tensor
+    is_right: Tensor
+
+
 def _losses(
-    logits: Tensor, labels: Tensor, ignore_index: int, vocab_size: int | None, gradient_scale: float | None
-) -> Tensor:
-    """Loss of each row of logits [n, vocabulary / TP]: FP32 [n]. Unless `gradient_scale` is None, overwrites the logits
-    with `gradient_scale` · d loss / d logit (probability − [is the label], 0 where the label is ignored)."""
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    vocab_size: int | None,
+    gradient_scale: Tensor | float | None,
+) -> _Found:
+    """The loss of each row of logits [n, vocabulary / TP]. Unless `gradient_scale` (of all rows, or FP32 [n]) is None,
+    overwrites the logits with `gradient_scale` · d loss / d logit (probability − [is the label], 0 where the label is
+    ignored)."""
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     group = parallel_state.get_tensor_model_parallel_group()
     width = logits.shape[-1]
@@ -31,17 +45,38 @@ def _losses(
     kernels: Any = cross_entropy_cpu
     if logits.is_cuda:
         from sftd.trainer.model.kernels import cross_entropy as kernels
-    highest, total, target = kernels.sums(logits, index, real)
+    highest, total, target, moment = kernels.sums(logits, index, real)
     if ranks > 1:
         mine = highest.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-        both = torch.stack((target, total * (mine - highest).exp()))
+        lower = mine - highest
+        moment = torch.where(total > 0, (moment + lower * total) * lower.exp(), 0.0)
+        both = torch.stack((target, total * lower.exp()))
         dist.all_reduce(both, group=group)
         target, total = both
+        # Apart: the order in which a collective adds depends on its size, and the loss keeps its bits.
+        dist.all_reduce(moment, group=group)
     log_total = highest + total.log()
     if gradient_scale is not None:
         kernels.gradient_(logits, index, log_total, is_trained.float() * gradient_scale, real)
-    return torch.where(is_trained, log_total - target, 0.0)
+    # H = −Σ p · log p = log Σ exp(logit − highest) − Σ p · (logit − highest)
+    entropy = (total.log() - moment / total).clamp(min=0.0)
+    return _Found(
+        torch.where(is_trained, log_total - target, 0.0),
+        torch.where(is_trained, entropy, 0.0),
+        is_trained & (target == highest),
+    )
+
+
+def _add(figures: Tensor, found: _Found, loss: Tensor, sources: Tensor | None) -> None:
+    """Add some rows to `figures`, see `linear_cross_entropy`. loss: weighted, [n]. No atomics: their order would vary."""
+    figures[0] += found.is_right.sum()
+    figures[1] += found.entropy.sum()
+    if sources is not None:
+        numbers = torch.arange(figures.numel() - 2, device=figures.device)[:, None]
+        figures[2:] += torch.where(sources == numbers, loss, 0.0).sum(1)
+    elif figures.numel() > 2:
+        figures[2] += loss.sum()
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -52,7 +87,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         wants_gradient = ctx.needs_input_grad[0]
         # `_losses` overwrites its input.
         own = logits.reshape(-1, logits.shape[-1]).clone(memory_format=torch.contiguous_format)
-        loss = _losses(own, labels.reshape(-1), ignore_index, vocab_size, 1.0 if wants_gradient else None)
+        loss = _losses(
+            own, labels.reshape(-1), ignore_index, vocab_size, 1.0 if wants_gradient else None
+        ).loss
         ctx.shape = logits.shape
         if wants_gradient:
             ctx.save_for_backward(own)
@@ -94,10 +131,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_is_shared: bool,
         softcap: float | None,
         wants_gradients: bool,
+        weights: Tensor | None,
+        figures: Tensor | None,
+        sources: Tensor | None,
     ) -> Tensor:
         # ctx.needs_input_grad is true for a parameter even under no_grad.
         wants_hidden, wants_weight = (wants_gradients and need for need in ctx.needs_input_grad[:2])
-        scale = 1.0 / divisor if wants_hidden or wants_weight else None
+        wants_any = wants_hidden or wants_weight
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = None
@@ -108,10 +148,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits, slope = hidden[rows] @ weight.t(), None
             if softcap is not None:
                 bounded = logits.div_(softcap).tanh_()
-                if scale is not None:
+                if wants_any:
                     slope = bounded.square().neg_().add_(1)
                 bounded.mul_(softcap)
-            loss += _losses(logits, labels[rows], IGNORE_INDEX, vocab_size, scale).sum()
+            scale = (1.0 if weights is None else weights[rows]) / divisor if wants_any else None
+            found = _losses(logits, labels[rows], IGNORE_INDEX, vocab_size, scale)
+            losses = found.loss if weights is None else found.loss * weights[rows]
+            loss += losses.sum()
+            if figures is not None:
+                _add(figures, found, losses, None if sources is None else sources[rows])
             if slope is not None:
                 logits *= slope
             if d_hidden is not None:
@@ -135,7 +180,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = (d_weight * grad_outputs[0]).to(ctx.weight.dtype)
         elif ctx.needs_input_grad[1] and not ctx.weight_is_shared:
             grad_weight = mark_accumulated(ctx.weight)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 9
 
 
 def linear_cross_entropy(
@@ -147,20 +192,37 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     weight_is_shared: bool = False,
     softcap: float | None = None,
+    weights: Tensor | None = None,
+    figures: Tensor | None = None,
+    sources: Tensor | None = None,
 ) -> Tensor:
-    """Σ cross-entropy of `hidden @ weightᵀ` in nats ÷ `divisor`: FP32 scalar. Never holds all logits in memory.
+    """Σ weight · cross-entropy of `hidden @ weightᵀ` in nats ÷ `divisor`: FP32 scalar. Never holds all logits in memory.
 
     hidden: [n, h]; weight: [vocabulary / TP, h], this rank's rows; labels: int64 [n], -100 is not trained. Forward
     computes the gradients too, for a chunk of rows at a time. If the weight has Megatron's `main_grad`, its gradient is
     accumulated there in FP32; the gradient of the result must then be 1. `weight_is_shared`: the weight has another use
     in the same graph, which marks its gradient as complete for Megatron (a tied embedding on the same rank). `softcap`: see
-    `softcapped`.
+    `softcapped`. weights: FP32 [n], 1 if None.
+
+    figures: FP64 [2], or [2 + sources], to which forward adds: the number of rows whose label has the highest logit, the sum of
+    their entropies −Σ p · log p in nats, and Σ weight · cross-entropy of each source. sources: int64 [n], the source of each row;
+    None if all are of the first.
 
     The gradient of `hidden` is this rank's part of the sum over the tensor-parallel ranks.
     """
     return cast(
         Tensor,
         _LinearCrossEntropy.apply(
-            hidden, weight, labels, divisor, vocab_size, weight_is_shared, softcap, torch.is_grad_enabled()
+            hidden,
+            weight,
+            labels,
+            divisor,
+            vocab_size,
+            weight_is_shared,
+            softcap,
+            torch.is_grad_enabled(),
+            weights,
+            figures,
+            sources,
         ),
     )

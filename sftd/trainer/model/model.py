@@ -1,4 +1,4 @@
-"""The model, built with Megatron's GPTModel and used through `loss_share` and `next_token`.
+"""The model, built with Megatron's GPTModel and used through `loss_share` and `decoding.predict`.
 
 megatron-core 0.19 deprecates GPTModel in favour of HybridModel, but Megatron-Bridge 0.6 still maps every dense family
 to GPTModel. A switch would change this module, `layer` and the tables of `families` only.
@@ -28,7 +28,6 @@ from sftd.domain.model.shape import ModelShape
 from sftd.domain.model.weights import layer_kinds
 from sftd.domain.spec.spec import Spec
 from sftd.trainer.data.batches import MicroBatch
-from sftd.trainer.data.sequence_layout import SequenceLayout
 from sftd.trainer.model.embedding import embed
 from sftd.trainer.model.families.seam import family_of
 from sftd.trainer.model.gradients import accumulate_weight_gradient
@@ -176,9 +175,11 @@ def distribute(
     ]
 
 
-def loss_share(model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divisor: float) -> Tensor:
-    """Σ cross-entropy of the micro-batch's trained tokens ÷ `divisor`, FP32 scalar. On an inner stage: its hidden states
-    [s, b, h]."""
+def loss_share(
+    model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divisor: float, figures: Tensor
+) -> Tensor:
+    """Σ weight · cross-entropy of the micro-batch's trained tokens ÷ `divisor`, FP32 scalar; adds to `figures`, see
+    `linear_cross_entropy`. On an inner stage: its hidden states [s, b, h]."""
     core = _core(model)
     embedded = None
     if core.pre_process:
@@ -194,7 +195,7 @@ def loss_share(model: torch.nn.Module, batch: MicroBatch, vocab_size: int, divis
         labels=batch.labels,
         packed_seq_params=batch.layout,
         output_processor=_sum_of_losses,
-        output_processor_context=(vocab_size, divisor, batch.places, core),
+        output_processor_context=(vocab_size, divisor, batch, core, figures),
     )
     return cast(Tensor, output)
 
@@ -212,11 +213,12 @@ def _sum_of_losses(
     output_layer: Any,
     output_weight: Tensor | None,
     labels: Tensor,
-    context: tuple[int, float, Tensor, GPTModel],
+    context: tuple[int, float, MicroBatch, GPTModel, Tensor],
     **_: object,
 ) -> Tensor:
     """GPTModel's hook after the last layer: hidden states [s, b, h] (or this rank's share of s) → scalar."""
-    vocab_size, divisor, places, core = context
+    vocab_size, divisor, batch, core, figures = context
+    places = batch.places
     if output_layer.sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states)
     else:
@@ -233,53 +235,7 @@ def _sum_of_losses(
         vocab_size=vocab_size,
         weight_is_shared=core.pre_process and output_weight is not None,
         softcap=core.config.model_shape.logit_softcap,
+        weights=batch.weights,
+        figures=figures,
+        sources=batch.sources,
     )
-
-
-def next_token(
-    model: torch.nn.Module, tokens: Tensor, layout: SequenceLayout, last: int, vocab_size: int
-) -> Tensor:
-    """Most probable token after position `last` of `tokens` int64 [1, s]: int64 [1]. A tie goes to the lowest id.
-
-    On an inner pipeline stage: its hidden states [s, 1, h].
-    """
-    output = model(
-        tokens,
-        layout.positions[None],
-        None,
-        labels=tokens,
-        packed_seq_params=layout,
-        output_processor=_most_probable,
-        output_processor_context=(last, vocab_size),
-    )
-    return cast(Tensor, output)
-
-
-def _most_probable(
-    *,
-    hidden_states: Tensor,
-    output_layer: Any,
-    output_weight: Tensor | None,
-    context: tuple[int, int],
-    **_: object,
-) -> Tensor:
-    last, vocab_size = context
-    if not output_layer.sequence_parallel:
-        hidden_states, last = hidden_states[last : last + 1], 0
-    logits, _bias = output_layer(hidden_states, weight=output_weight)
-    scores = logits[last, 0].float()
-    first = parallel_state.get_tensor_model_parallel_rank() * scores.numel()
-    scores = scores[: max(0, vocab_size - first)]
-    best = int(scores.argmax()) if scores.numel() else 0
-    # A token id is exact in FP64.
-    mine = torch.tensor(
-        [float(scores[best]) if scores.numel() else float("-inf"), first + best],
-        dtype=torch.float64,
-        device=logits.device,
-    )
-    candidates = [
-        torch.empty_like(mine) for _ in range(parallel_state.get_tensor_model_parallel_world_size())
-    ]
-    torch.distributed.all_gather(candidates, mine, group=parallel_state.get_tensor_model_parallel_group())
-    # A tie goes to the lowest id: the ranks hold ascending ids, and max returns the first of equals.
-    return max(candidates, key=lambda c: float(c[0]))[1:].long()

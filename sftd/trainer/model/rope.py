@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021) by position id.
 
 LongRoPE and dynamic NTK scaling depend on a sequence's length. Here it is that of the token's own sample, as if transformers
-computed each sample alone, so that packing, padding and layouts change nothing; while an answer is generated, it is that of all
+computed each sample alone, so that packing, padding and layouts change nothing; while an answer is generated, it is that of its
 tokens so far.
 """
 
@@ -144,22 +144,21 @@ class RotaryEmbedding(torch.nn.Module):
 
     def forward(self, layout: SequenceLayout, **_: object) -> Tensor:
         """Cosine and sine of each position's angles, scaled as YaRN does, once for all layers: FP32 [2, s, rotary_dim / 2], or
-        [2, s, b, rotary_dim / 2] if they depend on the lengths of samples; with `window_rope_theta` 4 instead of 2, the last two for
+        [2, s, b, rotary_dim / 2] if rows differ in positions or in the lengths on which they depend; with `window_rope_theta` 4 instead of 2, the last two for
         layers with a window."""
-        positions = layout.positions
+        # With a last dimension for the frequencies.
+        positions = layout.positions.float().unsqueeze(-1)
         if self._shape.rope_type in ("longrope", "dynamic"):
-            angles = positions.float()[:, None, None] * self._by_length(layout)
+            angles = positions.view(positions.shape[0], -1, 1) * self._by_length(layout)
         else:
-            angles = torch.outer(positions.float(), self.frequencies)
+            angles = positions * self.frequencies
         found = torch.stack((angles.cos(), angles.sin()))
         if self._gain != 1.0:
             found = found * self._gain
         if self._local is None:
             return found
-        local = torch.outer(positions.float(), self._local).view(
-            angles.shape[0], *[1] * (angles.dim() - 2), -1
-        )
-        local = local.expand_as(angles)
+        local = positions * self._local
+        local = (local if local.dim() == angles.dim() else local.unsqueeze(1)).expand_as(angles)
         return torch.cat((found, local.cos()[None], local.sin()[None]))
 
     def _by_length(self, layout: SequenceLayout) -> Tensor:
@@ -185,4 +184,4 @@ def grown(query: Tensor, positions: Tensor, shape: ModelShape) -> Tensor:
     if not (beta := scaling.get("llama_4_scaling_beta")):
         return query
     scale = 1 + float(beta) * torch.log(1 + torch.floor(positions / int(scaling[_ORIGINAL])))
-    return query * scale[:, None, None, None].to(query.dtype)
+    return query * scale.view(scale.shape[0], -1, 1, 1).to(query.dtype)

@@ -71,7 +71,7 @@ def _answer(arguments: argparse.Namespace, prompts: list[str], events: Any) -> N
     spec = replace(spec, trainer=replace(spec.trainer, sample_prompts=prompts, sample_max_tokens=limit))
     shape = read_shape(spec.model.partial_pretrain, spec.model.override_config)
     session = one_rank(spec, device=arguments.device, dtype=manifest.dtype)
-    generator = Generator(spec, session, shape.vocab_size, order.template)
+    generator = Generator(spec, shape.vocab_size, order.template)
     trainee = for_answers(spec, shape, session, read_model(spec, shape, session, arguments.checkpoint))
     events.progress("answering")
     found = {answer.prompt: answer for answer in generator.answers(manifest.step, trainee)}

@@ -20,7 +20,7 @@ from sftd.domain.data.rows import is_trained
 from sftd.domain.spec.sections import Data
 from sftd.trainer.chat.errors import PrepareError
 from sftd.trainer.data.rows import Ints, Rows, write_spool
-from sftd.trainer.data.sample_order import SampleOrder, samples_digest
+from sftd.trainer.data.sample_order import MixedOrder, SampleOrder, order_of, samples_digest
 from sftd.trainer.errors import UserError
 from sftd.trainer.tools.protocol import EventWriter, claim_stdout
 from sftd.wire.attempt.directory import Order, read_order
@@ -58,8 +58,8 @@ def _answer(arguments: argparse.Namespace, events: EventWriter) -> None:
     order = read_order(arguments.order)
     spec = order.spec
     events.progress("reading the data files")
-    rows = usable(spec.data, spec.data.train_files)
-    samples = SampleOrder(len(rows), seed=spec.model.megatron.seed, shuffle=spec.data.shuffle)
+    rows = usable(spec.data, spec.data.all_train_files)
+    samples = order_of(spec, rows, order.mixture)
     if arguments.at is not None:
         seen = [_rows_of(order, rows, samples, position) for position in arguments.at]
         if arguments.text:
@@ -67,7 +67,7 @@ def _answer(arguments: argparse.Namespace, events: EventWriter) -> None:
         found: dict[str, Any] = {"seen": seen}
     else:
         found = _steps_of(order, rows, samples, arguments.row, arguments.after_step, arguments.last_step)
-    events.emit("done", train_digest=files_digest(spec.data.train_files), **found)
+    events.emit("done", train_digest=files_digest(spec.data.all_train_files), **found)
 
 
 def usable(data: Data, files: list[str]) -> Rows:
@@ -95,17 +95,18 @@ def tokens_of(data: Data, files: list[str], numbers: Ints) -> list[tuple[list[in
     return [_read(data, place["file"], place["row_in_file"]) for place in places]
 
 
-def _rows_of(order: Order, rows: Rows, samples: SampleOrder, position: int) -> dict[str, Any]:
+def _rows_of(order: Order, rows: Rows, samples: SampleOrder | MixedOrder, position: int) -> dict[str, Any]:
     chosen = samples.rows(position, order.spec.data.train_batch_size)
-    ends = _file_ends(order.spec.data.train_files)
+    files = order.spec.data.all_train_files
+    ends, epochs = _file_ends(files), samples.row_epochs(position, len(chosen))
     seen = [
         {
-            **_place(order.spec.data.train_files, ends, int(rows.numbers[row])),
-            "epoch": samples.epoch(position + i),
+            **_place_in_mixture(order.spec.data, ends, int(rows.numbers[row])),
+            "epoch": epoch,
             "length": int(rows.lengths[row]),
             "trained": int(rows.trained[row]),
         }
-        for i, row in enumerate(chosen)
+        for row, epoch in zip(chosen, epochs, strict=True)
     ]
     tokens = int(rows.trained[chosen].sum())
     digest = samples_digest(rows.numbers[chosen])
@@ -113,13 +114,13 @@ def _rows_of(order: Order, rows: Rows, samples: SampleOrder, position: int) -> d
 
 
 def _steps_of(
-    order: Order, rows: Rows, samples: SampleOrder, number: int, after: int, last: int
+    order: Order, rows: Rows, samples: SampleOrder | MixedOrder, number: int, after: int, last: int
 ) -> dict[str, Any]:
-    files = order.spec.data.train_files
+    files = order.spec.data.all_train_files
     ends = _file_ends(files)
     if not 0 <= number < int(ends[-1]):
         raise UserError(f"there is no row {number}: the {int(ends[-1])} rows of all files are counted from 0")
-    found: dict[str, Any] = {**_place(files, ends, number), "steps": []}
+    found: dict[str, Any] = {**_place_in_mixture(order.spec.data, ends, number), "steps": []}
     row = int(np.searchsorted(rows.numbers, number))
     if row == len(rows) or rows.numbers[row] != number:
         return found | {"length": 0, "trained": 0}
@@ -127,7 +128,8 @@ def _steps_of(
     for step in range(after, last):
         position = order.sample_position(step)
         for place in np.flatnonzero(samples.rows(position, size) == row).tolist():
-            found["steps"].append({"step": step + 1, "epoch": samples.epoch(position + place)})
+            (epoch,) = samples.row_epochs(position + place, 1)
+            found["steps"].append({"step": step + 1, "epoch": epoch})
     return found | {"length": int(rows.lengths[row]), "trained": int(rows.trained[row])}
 
 
@@ -140,6 +142,13 @@ def _place(files: list[str], ends: Ints, number: int) -> dict[str, Any]:
     file = int(np.searchsorted(ends, number, side="right"))
     before = int(ends[file - 1]) if file else 0
     return {"row": number, "file": files[file], "row_in_file": number - before}
+
+
+def _place_in_mixture(data: Data, ends: Ints, number: int) -> dict[str, Any]:
+    """As `_place`, with the row's source if the training data have several."""
+    files = [(source.name, file) for source in data.sources for file in source.files]
+    of_source = {"source": files[int(np.searchsorted(ends, number, side="right"))][0]} if files else {}
+    return _place(data.all_train_files, ends, number) | of_source
 
 
 def _decode(order: Order, seen: list[dict[str, Any]], events: EventWriter) -> None:

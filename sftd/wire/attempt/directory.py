@@ -33,6 +33,7 @@ from pathlib import Path
 import msgspec
 
 from sftd.domain.data.chat_template import ChatTemplate
+from sftd.domain.data.mixture import MixtureStart
 from sftd.domain.log.events import Micros
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.spec.spec import OrderStart, Spec
@@ -46,7 +47,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     `model_files` is the record of the model folder, None if an older sftd submitted the run. `weights` are the digests of
     its weights (`WeightsDigested`), empty if no attempt has loaded them yet. An attempt does not train if its folder differs.
     A copy of the folder's small files is kept below `model_root` (`model_copy`); if that is empty, no copy is kept.
-    `order_start` defines which samples the steps read. `losses` are the losses of the preceding steps, oldest first.
+    `order_start` defines which samples the steps read, `mixture` where a fork's mixture of sources begins. `losses` are the losses of the preceding steps, oldest first.
 
     With `last_step`, the attempt trains recorded steps again for comparison, up to that step, without validations or
     checkpoints; the data may have changed. `order_later` are the pieces of the sample order that begin at later steps.
@@ -66,6 +67,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     weights: dict[str, str] = {}
     model_root: str = ""
     order_start: OrderStart = OrderStart()
+    mixture: MixtureStart = MixtureStart()
     losses: list[float] = []
     last_step: int | None = None
     order_later: list[OrderStart] = []

@@ -52,6 +52,7 @@ def order_of(
         model_root=str(model_root),
         order_start=run.order_start if is_next else FROM_THE_BEGINNING,
         order_later=[] if is_next else list(run.order),
+        mixture=run.mixture_start,
         losses=list(losses),
         last_step=last_step,
         template=template,

@@ -1,7 +1,9 @@
 """The columns of a training file: those that sftd trains on, and those of other tools that would change a row's meaning.
 
-Other tools store packing, loss masks and weights in extra columns. sftd trains each row as one sample, with the row's labels.
-It compares such columns with that: a column that agrees is ignored, and a file with one that disagrees is refused.
+Other tools store packing and loss masks in extra columns. sftd trains each row as one sample, with the row's labels. It compares
+such columns with that: a column that agrees is ignored, and a file with one that disagrees is refused.
+
+`weight` (a number per row) and `loss_weights` (a number per token, at the place of its label) weigh the loss.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 LABELS = "labels"
 _REQUIRED = ("input_ids", LABELS)
 _MASK = "attention_mask"
+_OWN_WEIGHTS = ("weight", "loss_weights")
 _PREPARE = "make the file with `sftd prepare`"
 _UNPACK = "write one sample per row, and let sftd pack them: training.use_rmpad=true"
 _MASK_LABELS = "write -100 into labels where a token is not trained, and drop the column"
@@ -33,8 +36,7 @@ _BOUNDS = frozenset(
 )
 _WEIGHTS = frozenset(
     {"loss_mask", "label_mask", "labels_mask", "response_mask", "completion_mask", "assistant_masks"}
-    | {"assistant_mask", "weight", "weights", "loss_weight", "loss_weights", "loss_scale", "sample_weight"}
-    | {"token_weights"}
+    | {"assistant_mask", "weights", "loss_weight", "loss_scale", "sample_weight", "token_weights"}
 )
 _KNOWN = _POSITIONS | _SEGMENTS | _LENGTHS | _BOUNDS | _WEIGHTS
 # Redundant columns.
@@ -82,13 +84,13 @@ def read_columns(schema: pa.Schema, *, others: bool) -> list[str]:
             raise UnusableFile(f"has no column {name!r}; it has {', '.join(schema.names) or 'none'}")
     read = []
     for name in dict.fromkeys(schema.names):
-        if name not in (*_REQUIRED, _MASK) and not (others and name in _KNOWN):
+        if name not in (*_REQUIRED, _MASK, *_OWN_WEIGHTS) and not (others and name in _KNOWN):
             continue
         if (times := schema.names.count(name)) > 1:
             raise UnusableFile(f"has the column {name!r} {times} times")
         kind = schema.field(name).type
         inner = kind.value_type if is_list(kind) else kind
-        if name in _KNOWN:
+        if name in _KNOWN or name in _OWN_WEIGHTS:
             if pa.types.is_null(inner):
                 continue
             if not _is_number(inner):
@@ -103,7 +105,7 @@ def read_columns(schema: pa.Schema, *, others: bool) -> list[str]:
 
 def unused(schema: pa.Schema) -> tuple[str, ...]:
     """The columns that sftd does not use and that may change a row's meaning."""
-    known = {*_REQUIRED, _MASK} | _KNOWN | _HARMLESS
+    known = {*_REQUIRED, _MASK, *_OWN_WEIGHTS} | _KNOWN | _HARMLESS
     return tuple(dict.fromkeys(name for name in schema.names if name not in known))
 
 
@@ -133,18 +135,61 @@ def check_columns(
             if not _single(column):
                 raise UnusableFile(f"column {name!r} has lists of other lengths than input_ids", _fix(name))
         elif name in _WEIGHTS:
-            inner = trained.copy()
-            inner[starts[:-1][np.diff(starts) > 0]] = False  # no token predicts the first one
-            off = inner & (column.values != 1)
-            # Some tools store the weight at the predicting token instead of the predicted one.
-            if off.any() and (inner[1:] & (column.values[:-1] != 1)).any():
-                row = _row_of(off, starts)
+            if not _is_one(column.values, trained, starts, may_lead=True):
+                row = _row_of(_predicted(trained, starts) & (column.values != 1), starts)
         else:
             begins = np.repeat(starts[:-1], np.diff(starts))
             expected = np.arange(real.size) - begins if name in _POSITIONS else column.values[begins]
             row = _row_of(real & (column.values != expected), starts)
         if row is not None:
             raise UnusableFile(f"row {first + row}: {_meaning(name)}", _fix(name))
+
+
+def take_weights(
+    columns: dict[str, Lists], starts: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_], first: int
+) -> npt.NDArray[np.float32] | None:
+    """Remove sftd's columns of weights from `columns`; the product of a token's weights, float32 [tokens], or None if all are 1.
+
+    The other arguments are those of `check_columns`. Raises `UnusableFile` for a weight that is negative or not finite.
+    """
+    import numpy as np
+
+    found = None
+    for name in _OWN_WEIGHTS:
+        if (column := columns.pop(name, None)) is None:
+            continue
+        sizes = np.diff(starts)
+        is_by_token = np.array_equal(column.lengths, sizes)
+        if not is_by_token and not _single(column):
+            raise UnusableFile(f"column {name!r} has lists of other lengths than input_ids", _fix(name))
+        with np.errstate(over="ignore"):
+            values = (column.values if is_by_token else np.repeat(column.values, sizes)).astype(np.float32)
+        bad = ~(np.isfinite(values) & (values >= 0))
+        if (row := _row_of(bad, starts)) is not None:
+            raise UnusableFile(f"row {first + row}: {name} holds {values[bad][0]:g}", _fix(name))
+        is_mask = bool(((values == 0) | (values == 1)).all())
+        if not _is_one(values, trained, starts, may_lead=is_mask):
+            found = values if found is None else found * values
+    return found
+
+
+def _predicted(trained: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of the trained tokens are predicted: not the first of a row."""
+    import numpy as np
+
+    inner = trained.copy()
+    inner[starts[:-1][np.diff(starts) > 0]] = False
+    return inner
+
+
+def _is_one(
+    values: npt.NDArray[Any], trained: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64], *, may_lead: bool
+) -> bool:
+    """Whether weights [tokens] are 1 on all trained tokens. `may_lead`: some tools store the weight at the predicting token
+    instead of the predicted one."""
+    inner = _predicted(trained, starts)
+    is_one = not (inner & (values != 1)).any()
+    return is_one or (may_lead and not (inner[1:] & (values[:-1] != 1)).any())
 
 
 def _meaning(name: str) -> str:
@@ -154,6 +199,8 @@ def _meaning(name: str) -> str:
 
 
 def _fix(name: str) -> str:
+    if name in _OWN_WEIGHTS:
+        return "weights are finite numbers from 0 on: one per row, or as many as the row has input_ids"
     return _MASK_LABELS if name in _WEIGHTS else _UNPACK
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts
+from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts, SourceFacts
 from sftd.domain.data.rows import IGNORE_INDEX, is_trained
 from sftd.domain.errors import Problem, Refused
+from sftd.domain.spec.sections import Source
 from sftd.wire.data.columns import UnusableFile
 from sftd.wire.data.rows import DataFile, Slice
 
@@ -40,8 +42,10 @@ def inspect(
     sequence_length: int,
     truncation: str,
     stop_ids: Sequence[int] = (),
+    sources: Sequence[Source] = (),
 ) -> DataFacts:
-    """Read every row of the files and collect facts. `stop_ids` are the tokens that end an answer.
+    """Read every row of the files and collect facts. `stop_ids` are the tokens that end an answer; `sources` are those that the
+    files belong to, in order.
 
     `where` is the spec key of the files. Raises `Refused` with the first problem of each file: missing, not Parquet, wrong
     schema, empty, lists of unequal length, nulls, token ids or labels outside the vocabulary, shifted labels, columns that
@@ -56,8 +60,9 @@ def inspect(
     unusable_rows: list[int] = []
     # [length] → number of trained rows of that length, after truncation.
     of_length = np.zeros(sequence_length + 1, np.int64)
+    of_files: list[tuple[int, int]] = []
     for path in paths:
-        rows_before, unusable_before = rows, unusable
+        rows_before, unusable_before, trained_before = rows, unusable, trained
         try:
             with DataFile(path) as file:
                 for part in file.slices(vocab_size):
@@ -80,6 +85,7 @@ def inspect(
         except UnusableFile as error:
             problems.append(Problem(where, f"{path}: {error.what}", error.fix))
             continue
+        of_files.append((rows - rows_before - (unusable - unusable_before), trained - trained_before))
         if rows - rows_before == unusable - unusable_before and len(paths) > 1:
             remarks.append(f"{path}: none of its rows has a trained label within {sequence_length} tokens")
     if problems:
@@ -100,7 +106,16 @@ def inspect(
         lengths=_quantiles(of_length),
         stopping=stopping if stop_ids else None,
         remarks=(*remarks, *_of_columns(unused, len(paths))),
+        sources=tuple(_of_sources(sources, of_files)),
     )
+
+
+def _of_sources(sources: Sequence[Source], of_files: Iterable[tuple[int, int]]) -> Iterator[SourceFacts]:
+    """`of_files`: usable rows of each file, and their trained tokens."""
+    files = iter(of_files)
+    for source in sources:
+        rows, tokens = (sum(column) for column in zip(*islice(files, len(source.files)), strict=True))
+        yield SourceFacts(name=source.name, rows=rows, tokens=tokens, digest=files_digest(source.files))
 
 
 def _of_columns(unused: dict[str, list[str]], files: int) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 `input_ids`: list of integers (token ids). `labels`: list of integers, unshifted (`labels[i]` is `input_ids[i]` where
 trained, -100 elsewhere). `attention_mask`: list of 0/1 or booleans, 0 only on padding at the right end, all ones when the
-column is missing. The lists of a row have the same length.
+column is missing. The lists of a row have the same length. `weight` and `loss_weights`: see `columns`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ _STRAY = 0.01
 class Slice:
     """Some rows of a file, concatenated without padding: row i is `ids[starts[i]:starts[i + 1]]`.
 
-    first: number of the first row in its file. starts: int64 [rows + 1]. ids, labels: integers [tokens].
+    first: number of the first row in its file. starts: int64 [rows + 1]. ids, labels: integers [tokens]; a label of weight 0 is
+    -100. weights: float32 [tokens], those of the labels; None if those of all trained labels are 1.
     """
 
     first: int
     starts: Ints
     ids: npt.NDArray[np.integer[Any]]
     labels: npt.NDArray[np.integer[Any]]
+    weights: npt.NDArray[np.float32] | None = None
 
     @property
     def lengths(self) -> Ints:
@@ -61,6 +63,17 @@ class Slice:
         places = np.flatnonzero(flags)
         begins, ends = data_rows.predicted(begins, ends)
         return np.asarray(np.searchsorted(places, ends) - np.searchsorted(places, begins))
+
+    def sum_of_weights(self, begins: Ints, ends: Ints) -> npt.NDArray[np.float64]:
+        """Σ of the weights of each row's predicted and trained tokens, float64 [rows]."""
+        import numpy as np
+
+        places = np.flatnonzero(self.labels != IGNORE_INDEX)
+        firsts, ends = data_rows.predicted(begins, ends)
+        rows = np.searchsorted(firsts, places, side="right") - 1
+        is_kept = (rows >= 0) & (places < ends[rows])
+        weights = None if self.weights is None else self.weights[places[is_kept]]
+        return np.bincount(rows[is_kept], weights, firsts.size).astype(np.float64)
 
 
 class DataFile:
@@ -204,11 +217,18 @@ def _decode(batch: pa.RecordBatch, first: int, vocab_size: int) -> Slice:
     starts = np.concatenate(([0], np.cumsum(ids.lengths, dtype=np.int64)))
     _check_ids(ids.values, labels, vocab_size)
     real = np.ones(ids.values.size, np.bool_) if mask is None else _real(mask.values, starts, first)
-    data_columns.check_columns(columns, starts, real, real & (labels != IGNORE_INDEX), first)
+    trained = real & (labels != IGNORE_INDEX)
+    weights = data_columns.take_weights(columns, starts, trained, first)
+    data_columns.check_columns(columns, starts, real, trained, first)
+    if weights is not None:
+        labels = np.where(weights == 0, IGNORE_INDEX, labels)
+        if (weights[labels != IGNORE_INDEX] == 1).all():
+            weights = None
     if real.all():
-        return Slice(first, starts, ids.values, labels)
+        return Slice(first, starts, ids.values, labels, weights)
     sums = np.concatenate(([0], np.cumsum(real)))
-    return Slice(first, sums[starts], ids.values[real], labels[real])
+    kept = None if weights is None else weights[real]
+    return Slice(first, sums[starts], ids.values[real], labels[real], kept)
 
 
 def _check_ids(ids: npt.NDArray[Any], labels: npt.NDArray[Any], vocab_size: int) -> None:

@@ -51,6 +51,14 @@ def resolve(
             spec.data,
             train_files=paths.files("data.train_files", spec.data.train_files),
             val_files=paths.files("data.val_files", spec.data.val_files),
+            sources=[
+                replace(
+                    source,
+                    files=paths.files(f"data.sources[{number}].files", source.files),
+                    val_files=paths.files(f"data.sources[{number}].val_files", source.val_files),
+                )
+                for number, source in enumerate(spec.data.sources)
+            ],
         ),
         checkpoint=replace(
             spec.checkpoint,
@@ -66,7 +74,7 @@ def resolve(
 
 def _all_paths(spec: Spec) -> frozenset[str]:
     own = spec.model.partial_pretrain, spec.model.lora.adapter, spec.checkpoint.save_dir
-    return frozenset((*own, *spec.data.train_files, *spec.data.val_files))
+    return frozenset((*own, *spec.data.all_train_files, *spec.data.all_val_files))
 
 
 def model_folder(where: str, text: str, base: str, environ: Mapping[str, str] = os.environ) -> str:

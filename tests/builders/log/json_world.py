@@ -250,6 +250,12 @@ def step(number: int) -> e.StepCompleted:
         seconds=seconds,
         mfu=mfu,
         peak_memory_bytes=memory,
+        token_accuracy=number / 8,
+        entropy=number / 4,
+        sources={
+            "docs": e.SourceFigures(rows=3, tokens=tokens - 2, loss=loss + 0.5),
+            "math": e.SourceFigures(rows=1, tokens=2, loss=loss - 1.0),
+        },
     )
 
 
@@ -260,4 +266,6 @@ def loaded() -> e.ModelLoaded:
 
 
 def validated(number: int, loss: float, seconds: float) -> e.ValidationCompleted:
-    return e.ValidationCompleted(step=number, loss=loss, tokens=5, rows=2, seconds=seconds)
+    return e.ValidationCompleted(
+        step=number, loss=loss, tokens=5, rows=2, seconds=seconds, token_accuracy=0.25, entropy=1.5
+    )

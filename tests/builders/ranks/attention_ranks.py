@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,18 +184,30 @@ def in_shares(options: dict[str, Any], ends: list[int]) -> float:
 
 @torch.no_grad()
 def cached(options: dict[str, Any]) -> float:
-    """A prompt, and tokens that follow it one by one and together."""
-    (query, key, value), found = inputs(), core(**options)
-    seen = layout()
-    seen.cache = KeyValueCache()
-    outs = []
-    for start, stop in pairwise((0, 11, 12, 13, 20)):
-        outs.append(
-            found(query[start:stop], key[start:stop], value[start:stop], None, packed_seq_params=seen)
-        )
-        seen.cache.length = stop
-    expected = dense(found, query[:20], key[:20], value[:20], [0, 20])
-    return float((torch.cat(outs) - expected).abs().max())
+    """Prompts of three rows, and tokens that follow them one by one and together, among them one in whose place is padding; a row
+    leaves."""
+    tensors, found = inputs(3), core(**options)
+    expected, cache, worst = dense(found, *tensors, [0, LENGTH]), KeyValueCache([0, 0, 0]), 0.0
+    rows = [0, 1, 2]
+    for counts in ((11, 3, 20), (1, 1, 1), (7, 9, 8), (2, 1), (1, 1)):
+        if len(counts) < len(rows):
+            cache.drop(0)
+            rows = [2, 1]
+        places = torch.arange(max(counts))[:, None] + torch.tensor(cache.lengths)
+        # The padding has other tokens than those that are fed in its place later.
+        fed = [
+            x[places, rows]
+            * (1 + (places - torch.tensor(cache.lengths) >= torch.tensor(counts)))[..., None, None]
+            for x in tensors
+        ]
+        seen = layout()
+        seen.cache, seen.positions = cache, places if any(cache.lengths) else places[:, 0]
+        out = found(*fed, None, packed_seq_params=seen)
+        for column, (row, count, before) in enumerate(zip(rows, counts, cache.lengths, strict=True)):
+            difference = out[:count, column] - expected[before : before + count, row]
+            worst = max(worst, float(difference.abs().max()))
+        cache.advance(list(counts))
+    return worst
 
 
 def long_window() -> float:

@@ -112,6 +112,9 @@ def check_cross_entropy() -> None:
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
         log_total = found[0] + found[1].log()
+        if real:
+            entropy = torch.distributions.Categorical(logits=logits[:, :real]).entropy()
+            torch.testing.assert_close(found[1].log() - found[3] / found[1], entropy)
         weight = torch.tensor([1.0, 0.0, 1.0, 1.0])
         if not real:
             log_total = torch.zeros(4)

@@ -76,8 +76,8 @@ def cross_entropy(session: Session, vocabulary: int) -> tuple[float, float, floa
 
 
 def linear(session: Session, vocabulary: int, softcap: float | None) -> dict[str, float]:
-    """Largest differences of the chunked linear + cross-entropy from PyTorch: loss, gradients of hidden states and weight;
-    and what evaluation alone adds to the weight's gradient. 300 rows are three chunks here."""
+    """Largest differences of the chunked, weighted linear + cross-entropy from PyTorch: loss, gradients of hidden states and
+    weight, figures; and what evaluation alone adds to the weight's gradient. 300 rows are three chunks here."""
     sizes.LOGITS_BYTES = 1
     generator = torch.Generator().manual_seed(5)
     padded = padded_vocabulary(vocabulary, session.layout.tp)
@@ -88,18 +88,35 @@ def linear(session: Session, vocabulary: int, softcap: float | None) -> dict[str
     logits = inputs @ truth.t()
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / 3
+    weights = torch.rand(300, generator=generator) * 2
+    sources = torch.arange(300) % 5 // 2
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights
+    expected = losses.sum() / 3
     expected.backward()
+    log = logits.detach().log_softmax(-1)[labels != -100].double()
+    by_hand = torch.cat(
+        (
+            (log.argmax(-1) == labels[labels != -100]).sum()[None].double(),
+            -(log.exp() * log).sum()[None],
+            torch.stack([losses[sources == n].sum().detach() for n in range(3)]).double(),
+        )
+    )
     width = padded // session.layout.tp
     first = session.layout.tp_rank * width
     weight: Any = torch.nn.Parameter(full[first : first + width].clone())
     weight.main_grad = torch.zeros(width, 16)
     mine = hidden.clone().requires_grad_()
-    options: Any = {"divisor": 3.0, "vocab_size": vocabulary, "softcap": softcap}
+    options: Any = {"divisor": 3.0, "vocab_size": vocabulary, "softcap": softcap, "weights": weights}
     with torch.no_grad():
         linear_cross_entropy(mine, weight, labels, **options)
     untouched = weight.main_grad.abs().max().item()
-    found = linear_cross_entropy(mine, weight, labels, **options)
+    figures, of_one, pair = (torch.zeros(n, dtype=torch.float64) for n in (5, 3, 2))
+    found = linear_cross_entropy(mine, weight, labels, **options, figures=figures, sources=sources)
+    with torch.no_grad():
+        # A micro-batch whose rows are all of the first source, and a run with one source.
+        for sums in (of_one, pair):
+            linear_cross_entropy(mine, weight, labels, **options, figures=sums)
+    others = torch.cat((of_one - torch.cat((by_hand[:2], by_hand[2:].sum()[None])), pair - by_hand[:2]))
     found.backward()
     assert mine.grad is not None
     dist.all_reduce(mine.grad, group=parallel_state.get_tensor_model_parallel_group())
@@ -109,6 +126,7 @@ def linear(session: Session, vocabulary: int, softcap: float | None) -> dict[str
         "linear_hidden": (mine.grad - inputs.grad).abs().max().item(),
         "linear_weight": (weight.main_grad[:real] - truth.grad[first : first + real]).abs().max().item(),
         "linear_evaluation": untouched,
+        "linear_figures": torch.cat((figures - by_hand, others)).abs().max().item(),
     }
 
 

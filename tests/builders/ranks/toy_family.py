@@ -119,10 +119,10 @@ def train(path: str) -> None:
     )
     samples = [Sample(np.array(ids), np.array([*labels[1:], -100])) for ids, labels in ROWS]
     batch = Batching.of(order.spec, session).make(samples, 8)
-    steps = [trainee.step([batch], trained=batch.trained, learning_rate=LR) for _ in range(2)]
+    steps = [trainee.step([batch], divisor=batch.trained, learning_rate=LR) for _ in range(2)]
     if session.layout.reports:
         found = {
-            "steps": [[loss.item(), norm.item()] for loss, norm in steps],
+            "steps": [[sums[0].item(), norm.item()] for sums, norm in steps],
             "parameters": trainee.parameters,
             "held": sum(p.numel() for chunk in trainee.chunks for p in chunk.parameters()),
         }

@@ -97,6 +97,8 @@ class Plain:
     adapter: Path | None = None
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    # Of each step: share of the trained tokens with the highest logit, and their mean entropy.
+    figures: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         with warnings.catch_warnings():
@@ -121,21 +123,52 @@ class Plain:
         """An independent one in the same state."""
         return copy.deepcopy(self)
 
-    def loss(self, row: Row) -> Any:
-        """Σ cross-entropy of a row's trained tokens."""
+    def loss(self, row: Row, weights: Sequence[float] | None = None) -> Any:
+        """Σ weight · cross-entropy of a row's trained tokens. weights: of each token, 1 if None."""
+        return self.look(row, weights)[0]
+
+    def look(self, row: Row, weights: Sequence[float] | None = None) -> tuple[Any, int, float]:
+        """As `loss`; the number of trained tokens with the highest logit; the sum of their entropies."""
         import torch
 
         ids, labels = row
         logits = self.network(input_ids=torch.tensor([ids])).logits[0]
         log = logits[:-1].log_softmax(-1)
-        return -sum(log[i, label] for i, label in enumerate(labels[1:]) if label != -100)  # type: ignore[operator]
+        loss, right, entropy = torch.zeros(()), 0, 0.0
+        for i, label in enumerate(labels[1:]):
+            if label != -100:
+                loss = loss - log[i, label] * (1.0 if weights is None else weights[i + 1])
+                right += int(log[i].argmax()) == label
+                entropy -= float((log[i].exp() * log[i]).sum().detach())
+        return loss, right, entropy
 
-    def step(self, batch: Sequence[Row], settings: Settings, *, most: float = math.inf) -> None:
-        """One optimizer step; its update is left out where the loss is above `most` or no number."""
+    def step(
+        self,
+        batch: Sequence[Row],
+        settings: Settings,
+        *,
+        most: float = math.inf,
+        weights: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        """One optimizer step; its update is left out where the loss is above `most` or no number. weights: of each row."""
         import torch
 
         self._adamw.zero_grad()
-        loss = sum(self.loss(row) for row in batch) / sum(map(count, batch))
+        looks = [self.look(row, None if weights is None else weights[n]) for n, row in enumerate(batch)]
+        tokens = sum(map(count, batch))
+        if weights is None:
+            divisor = float(tokens)
+        else:
+            divisor = sum(
+                w
+                for (_, labels), row in zip(batch, weights, strict=True)
+                for label, w in list(zip(labels, row, strict=True))[1:]
+                if label != -100
+            )
+        loss = sum(found for found, _, _ in looks) / divisor
+        self.figures.append(
+            (sum(right for _, right, _ in looks) / tokens, sum(e for *_, e in looks) / tokens)
+        )
         loss.backward()
         gradients = [p.grad for p in self.network.parameters() if p.requires_grad]
         norm = torch.cat([g.flatten() for g in gradients]).double().norm().item()
@@ -153,14 +186,17 @@ class Plain:
             self._adamw.param_groups[1]["weight_decay"] = 0.0
         self._adamw.step()
 
-    def validation(self, rows: Iterable[Row]) -> tuple[float, int]:
-        """Loss per trained token over all rows, and their number of trained tokens."""
+    def validation(self, rows: Iterable[Row]) -> tuple[float, int, float, float]:
+        """Loss per trained token over all rows, their number of trained tokens, the share of those with the highest logit, and
+        their mean entropy."""
         import torch
 
         rows = list(rows)
         tokens = sum(map(count, rows))
         with torch.no_grad():
-            return sum(float(self.loss(row)) for row in rows) / tokens, tokens
+            looks = [self.look(row) for row in rows]
+        loss, right, entropy = (sum(float(look[n]) for look in looks) / tokens for n in range(3))
+        return loss, tokens, right, entropy
 
     def answer(self, prompt: str, limit: int) -> tuple[str, int, bool]:
         """Text, tokens and whether it ended by itself, of the most probable answer to a user's message."""

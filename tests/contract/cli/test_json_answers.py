@@ -267,6 +267,24 @@ def version_of(world: World, run_id: str, kind: str, nth: int = 0) -> int:
     return int([row["version"] for row in rows(world, run_id) if row["type"] == kind][nth])
 
 
+def sources(number: int) -> dict[str, dict[str, Any]]:
+    """Of a step of every run."""
+    loss, _, _, trained, *_ = STEPS[number]
+    return {
+        "docs": {"rows": 3, "tokens": trained - 2, "loss": loss + 0.5},
+        "math": {"rows": 1, "tokens": 2, "loss": loss - 1.0},
+    }
+
+
+def measured(number: int) -> dict[str, Any]:
+    return {
+        "step": number,
+        "token_accuracy": number / 8,
+        "entropy": number / 4,
+        "sources": sources(number),
+    }
+
+
 def state(world: World, run_id: str, **changes: Any) -> dict[str, Any]:
     """The whole state of a run that waits, with what differs. The spec is what was submitted."""
     events = rows(world, run_id)
@@ -377,6 +395,10 @@ def test_show_is_the_whole_state_and_where_its_time_went(world: World, ask: Ask)
     shown = ask("show", world.base)
     assert shown.pop("goodput") == pytest.approx(BASE_SECONDS)
     planned = shown.pop("planned")
+    assert shown.pop("figures") == {
+        "step": measured(6),
+        "validation": {"step": 6, "token_accuracy": 0.25, "entropy": 1.5, "sources": None},
+    }
     assert shown == base_state(world)
     assert set(planned) == {"compared", "plan"}
     compared = planned["compared"]
@@ -407,6 +429,7 @@ def test_show_of_runs_that_wait_fail_and_continue(world: World, ask: Ask) -> Non
     # All of its time it waits, until this moment.
     assert wall["queued"] == wall["wall"] >= 930.0
     assert (wall["goodput"], forked.pop("planned")) == (None, None)
+    assert forked.pop("figures") == {"step": None, "validation": None}
     assert forked == state(
         world,
         world.fork,
@@ -429,6 +452,7 @@ def test_show_of_runs_that_wait_fail_and_continue(world: World, ask: Ask) -> Non
     failed = ask("show", world.bad)
     assert failed.pop("goodput")["wall"] == 10.0
     assert failed.pop("planned")["compared"]["whole run"]["actual"] is None
+    assert failed.pop("figures") == {"step": measured(1), "validation": None}
     assert failed == state(
         world,
         world.bad,
@@ -545,6 +569,7 @@ def line(world: World, run_id: str, **more: Any) -> dict[str, Any]:
         "losses": [4.0, 3.0],
         "tokens_per_second": (16 + 17) / 4.5,
         "mfu": pytest.approx((0.5 * 2.0 + 0.4 * 2.5) / 4.5),
+        "token_accuracy": pytest.approx(3 / 16),
         "memory": 300_000_000,
         "seconds_left": 20.0,
         "stepped_at": iso(world.at(111)),
@@ -596,7 +621,8 @@ def test_watch_shows_what_the_queue_the_nodes_and_the_log_have(world: World, ask
 
 def test_watch_of_one_run_has_its_line_and_its_ledger(world: World, ask: Ask) -> None:
     board = ask("watch", world.going)
-    assert set(board) == {"at", "goodput", "events", *line(world, world.going)}
+    assert board["sources"] == sources(2)
+    assert set(board) == {"at", "goodput", "sources", "events", *line(world, world.going)}
     for name, value in line(world, world.going).items():
         assert board[name] == value, name
     assert [event["type"] for event in board["events"]] == [
@@ -743,6 +769,8 @@ def test_compare_has_figures_differences_partings_and_curves(world: World, ask: 
         anomalies=1,
         loss=1.75,
         tail_loss=1.75,
+        token_accuracy=0.75,
+        source_losses={"docs": 2.25, "math": 0.75},
         lowest_loss=1.75,
         lowest_loss_step=6,
         val_loss=2.75,
@@ -768,6 +796,8 @@ def test_compare_has_figures_differences_partings_and_curves(world: World, ask: 
         name="geo/going",
         loss=3.0,
         tail_loss=3.0,
+        token_accuracy=0.25,
+        source_losses={"docs": 3.5, "math": 2.0},
         lowest_loss=3.0,
         lowest_loss_step=2,
         tokens=17,

@@ -178,13 +178,13 @@ def test_data_and_prepare_cut_and_mark_a_row_as_training_does(
     for number, row in enumerate(rows[:12]):
         seen, predicted = row.seen(*cut)[0], row.predicted(*cut)
         assert seen_rows._read(data, path, number) == (seen, predicted)
-        chat = MaskedChat(row.ids, row.labels, unstopped=0, loses=False)
+        chat = MaskedChat(row.ids, row.labels, None, unstopped=0, loses=False)
         part = tokenize_pieces._fit(chat, "", TokenizeOptions(max_length=cut[0], truncation=cut[1]))
         if isinstance(part, str):
             assert (part, any(predicted)) == ("no trained token is left", False)
         else:
             assert (row.ids[part], any(predicted)) == (seen, True)
-            made = tokenize_pieces._row(chat, part, b"")
+            made = tokenize_pieces._row(chat, part, "", tokenize_pieces._Chat(b"", b"", b""))
             assert made.cut_trained == sum(row.predicted(99, "right")) - sum(predicted)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -105,21 +105,3 @@ def test_the_convolution_sees_its_own_sample_only(*, is_packed: bool) -> None:
     ]
     expected = torch.nn.functional.silu(torch.cat(parts, -1).permute(2, 0, 1))
     assert (convolve(x, weight, positions) - expected).abs().max() < 1e-5
-
-
-@pytest.mark.filterwarnings("ignore")  # Megatron warns where it is imported
-def test_an_answer_goes_on_after_its_tokens_and_not_after_their_padding() -> None:
-    """Sequence-parallel ranks pad what they are fed."""
-    from types import SimpleNamespace
-
-    import torch
-
-    from sftd.trainer.data.sequence_layout import KeyValueCache
-    from sftd.trainer.model.delta.net import GatedDeltaNet
-
-    projected, cache, net = torch.randn(6, 1, 8), KeyValueCache(), SimpleNamespace(layer_number=3)
-    fed: Any = GatedDeltaNet._all_of(net, projected[:4], cache)
-    assert torch.equal(fed, projected[:4])
-    cache.length = 3
-    fed = GatedDeltaNet._all_of(net, projected[4:], cache)
-    assert torch.equal(fed, projected[[0, 1, 2, 4, 5]])

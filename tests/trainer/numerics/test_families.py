@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from tests.builders.warm_ranks import WarmTrainer
 
 SCRIPT = RANKS / "toy_family.py"
-ANSWERS = {"trainer__sample_prompts": [PROMPT], "trainer__sample_max_tokens": 12}
+# One batch: a row that ends after others, and one that is longer than the windows.
+ASKED = [PROMPT, "a", "".join(chr(40 + n) for n in range(30))]
+ANSWERS = {"trainer__sample_prompts": ASKED, "trainer__sample_max_tokens": 12}
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 251}
 
 
@@ -196,7 +198,7 @@ def runs_of(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_five_steps_and_an_answer_after_them_are_those_of_transformers(
+def test_five_steps_and_answers_after_them_are_those_of_transformers(
     runs_of: Callable[[str], dict[str, Run]], name: str
 ) -> None:
     run = runs_of("")[name]
@@ -204,7 +206,6 @@ def test_five_steps_and_an_answer_after_them_are_those_of_transformers(
     steps = run.events(StepCompleted)
     assert [s.loss for s in steps] == pytest.approx(losses, rel=1e-5)
     assert [s.grad_norm for s in steps] == pytest.approx(norms, rel=1e-4)
-    (sample,) = run.events(SampleGenerated)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers
@@ -212,12 +213,14 @@ def test_five_steps_and_an_answer_after_them_are_those_of_transformers(
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             run.attempt.order().spec.model.partial_pretrain
         )
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt"
-        )
-        answer = network.eval().generate(**prompt, max_new_tokens=12, do_sample=False)
-    new = answer[0, prompt["input_ids"].shape[1] :]
-    assert (sample.text, sample.tokens) == (tokenizer.decode(new, skip_special_tokens=True), len(new))
+        found = {sample.prompt: (sample.text, sample.tokens) for sample in run.events(SampleGenerated)}
+        for asked in ASKED:
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": asked}], add_generation_prompt=True, return_tensors="pt"
+            )
+            answer = network.eval().generate(**prompt, max_new_tokens=12, do_sample=False)
+            new = answer[0, prompt["input_ids"].shape[1] :]
+            assert found[asked] == (tokenizer.decode(new, skip_special_tokens=True), len(new)), asked
 
 
 @pytest.mark.parametrize("name", FIRST.values())

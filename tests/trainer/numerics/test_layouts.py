@@ -146,6 +146,8 @@ def test_losses_and_gradient_norms_are_those_of_base(
         found = run.steps()[step]
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert found.entropy == pytest.approx(expected.entropy, rel=1e-5)
+        assert found.token_accuracy == pytest.approx(expected.token_accuracy, rel=1e-12)
         same = ("epoch", "lr", "tokens", "tokens_real", "tokens_total", "samples", "samples_digest")
         assert all(getattr(found, field) == getattr(expected, field) for field in same)
     assert run.events(ModelLoaded)[0].parameters == base.events(ModelLoaded)[0].parameters
@@ -180,7 +182,9 @@ def test_validations_and_answers_are_those_of_base(
     for step, expected in base.validations().items():
         found = run.validations()[step]
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.entropy == pytest.approx(expected.entropy, rel=1e-5)
         assert (found.tokens, found.rows) == (expected.tokens, 11)
+        assert found.token_accuracy == pytest.approx(expected.token_accuracy, rel=1e-12)
     answers = [(s.step, s.text, s.tokens, s.stopped) for s in run.events(SampleGenerated)]
     assert answers == [(s.step, s.text, s.tokens, s.stopped) for s in base.events(SampleGenerated)]
 

@@ -77,9 +77,28 @@ def make_rows(lengths: Sequence[int], seed: int) -> list[plain.Row]:
     return rows
 
 
-def write(path: Path, rows: Sequence[plain.Row]) -> None:
-    columns = {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
+def write(path: Path, rows: Sequence[plain.Row], *, weights: bool = False) -> None:
+    columns: dict[str, Any] = {
+        "input_ids": [ids for ids, _ in rows],
+        "labels": [labels for _, labels in rows],
+    }
+    if weights:
+        columns["weight"] = [ROW_WEIGHTS[n % 3] for n in range(len(rows))]
+        columns["loss_weights"] = [[token_weight(i) for i in range(len(ids))] for ids, _ in rows]
     pq.write_table(pa.table(columns), path, row_group_size=5)
+
+
+# The rows of the second slice of the file, of five, have those of the first: 1 in whole slices is another path.
+ROW_WEIGHTS = (0.5, 1.0, 3.0)
+
+
+def token_weight(place: int) -> float:
+    return 1.0 if place % 4 else 2.5
+
+
+def weights_of(number: int, row: plain.Row) -> list[float]:
+    """Those of the tokens of a row, by its number in the file."""
+    return [ROW_WEIGHTS[number % 3] * token_weight(i) for i in range(len(row[0]))]
 
 
 TRAIN = make_rows([5, 2, 0, 17, 9, 31, 12, 0, 3, 20, 7, 14], seed=1)
@@ -94,6 +113,7 @@ class Numerics:
         plain.make_model(folder / "model")
         write(folder / "train.parquet", TRAIN)
         write(folder / "val.parquet", VALIDATE)
+        write(folder / "weighted.parquet", TRAIN, weights=True)
         self._trainer = Trainer(folder / "attempts", folder, folder)
         self.folder = folder
         self._warm = warm
@@ -103,6 +123,8 @@ class Numerics:
     def spec(self, ranks: int = 1, **overrides: Any) -> Any:
         """Three steps of four rows; `overrides` as those of `Trainer.spec`."""
         steps = overrides.get("trainer__max_steps", 3)
+        if files := overrides.get("data__train_files"):
+            overrides |= {"data__train_files": [str(self.folder / name) for name in files]}
         given = {
             "model__partial_pretrain": str(self.folder / "model"),
             "data__sequence_length": LONGEST,
@@ -176,6 +198,16 @@ class Numerics:
         return self._trained[steps]
 
     @cached_property
+    def weighted(self) -> Plain:
+        """As `three`, with weights."""
+        model = self.model(0).copy()
+        for step in range(3):
+            batch = self.batch(step)
+            weights = [weights_of(number, row) for number, row in batch]
+            model.step([row for _, row in batch], settings(THREE[step]), weights=weights)
+        return model
+
+    @cached_property
     def three(self) -> Plain:
         """The reference after the three steps that the layouts train."""
         return learn(self, self.model(0).copy(), range(3), THREE)
@@ -210,17 +242,26 @@ def assert_as(run: Run, model: Plain, first: int = 0) -> None:
     assert [s.step for s in steps] == list(range(first + 1, len(model.losses) + 1))
     assert [s.loss for s in steps] == pytest.approx(model.losses[first:], rel=ROUNDING, nan_ok=True)
     assert [s.grad_norm for s in steps] == pytest.approx(model.norms[first:], rel=ROUNDING, nan_ok=True)
+    for step, (accuracy, entropy) in zip(steps, model.figures[first:], strict=True):
+        if math.isfinite(step.loss):
+            assert step.token_accuracy == pytest.approx(accuracy, rel=1e-12)
+            assert step.entropy == pytest.approx(entropy, rel=ROUNDING)
+        else:
+            assert math.isnan(step.entropy)
 
 
 def assert_validated(run: Run, step: int, model: Plain) -> None:
     """A validation is that of a reference, over every usable row."""
     rows = [row for _, row in plain.usable(VALIDATE, LONGEST)]
-    loss, tokens = model.validation(rows)
+    loss, tokens, accuracy, entropy = model.validation(rows)
     found = run.validations()[step]
     assert (found.rows, found.tokens) == (7, tokens)
     assert found.loss == pytest.approx(loss, rel=ROUNDING)
+    assert found.token_accuracy == pytest.approx(accuracy, rel=1e-12)
+    assert found.entropy == pytest.approx(entropy, rel=ROUNDING)
 
 
+WEIGHTED = {"data__train_files": ["weighted.parquet"], "data__val_files": []}
 PACKED = {"training__use_rmpad": True, "training__micro_batch_tokens": 33}
 ALONE: dict[str, dict[str, Any]] = {
     "padded": {
@@ -246,6 +287,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loosely_clipped": {"optimizer__clip_grad": 50.0, "data__val_files": []},
     "always_clipped": {"optimizer__clip_grad": 0.1, "data__val_files": []},
     "elsewhere": {"data__val_files": []},
+    "weighted": WEIGHTED,
 }
 # Where each step of the last begins to read: as in a fork, and then as after samples that were left out.
 POSITIONS = [6, 10, 1]
@@ -377,13 +419,24 @@ def test_a_run_reads_from_where_its_order_says(
     assert [s.epoch for s in steps] == [0, 1, 0]
 
 
+def test_weights_weigh_the_loss_and_its_gradient(
+    numerics: Numerics, variants: Callable[[], dict[str, Run]]
+) -> None:
+    run = variants()["weighted"]
+    assert_as(run, numerics.weighted)
+    # Trained tokens are counted, whatever their weights.
+    assert [s.tokens for s in run.events(StepCompleted)] == [
+        sum(count(row) for _, row in numerics.batch(step)) for step in range(3)
+    ]
+
+
 CP4 = {MEGATRON + "context_parallel_size": 4}
 TP4 = {MEGATRON + "tensor_model_parallel_size": 4}
 ASKED = {"trainer__sample_prompts": list(PROMPTS), "trainer__sample_max_tokens": ANSWER}
 # Name → (ranks, attempts).
 LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "dp2": (2, {"padded": {}, "packed": PACKED}),
-    "cp4": (4, {"padded": CP4, "packed": CP4 | PACKED}),
+    "cp4": (4, {"padded": CP4, "packed": CP4 | PACKED, "weighted": CP4 | PACKED | WEIGHTED}),
     "tp4": (
         4,
         {
@@ -396,7 +449,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_train_and_validate_as_a_plain_loop(numerics: Numerics, layout: str) -> None:
-    for run in numerics.train(layout, *LAYOUTS[layout]).values():
+    for name, run in numerics.train(layout, *LAYOUTS[layout]).items():
+        if name == "weighted":
+            assert_as(run, numerics.weighted)
+            continue
         assert_as(run, numerics.three)
         assert_validated(run, 0, numerics.model(0))
         assert_validated(run, 3, numerics.three)

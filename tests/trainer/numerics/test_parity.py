@@ -91,6 +91,8 @@ def test_chunked_linear_and_cross_entropy_are_those_of_pytorch(ranks: dict[str, 
     assert ranks[f"{kind}_hidden"] < 1e-5
     assert ranks[f"{kind}_weight"] < 1e-4
     assert ranks[f"{kind}_evaluation"] == 0.0
+    # Sums over 300 rows.
+    assert ranks[f"{kind}_figures"] < 1e-3
 
 
 def test_padding_of_the_vocabulary_is_never_chosen_and_gets_no_gradient(ranks: dict[str, Any]) -> None:

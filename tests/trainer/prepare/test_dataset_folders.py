@@ -148,7 +148,7 @@ def test_the_files_of_a_split_are_those_that_datasets_reads(
         ),
         (["data/train-00001-of-00003.parquet"], r"data/train-…-of-00003, missing: 00000, 00002"),
         (["train-1-of-2.jsonl", "train-2-of-2.jsonl.gz", "train-2-of-2.jsonl"], r"duplicated: 00002"),
-        (["train.jsonl.zst"], r"train.jsonl.zst belongs to the split but cannot be read: decompress it"),
+        (["train.parquet.gz"], r"train.parquet.gz belongs to the split but cannot be read: decompress it"),
         (["train.zip"], r"train.zip belongs to the split but cannot be read: unpack it"),
         (
             ["train.jsonl", "README.md=---\nconfigs: [a\n---\n"],

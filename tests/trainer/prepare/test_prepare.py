@@ -368,7 +368,7 @@ def test_warnings_tell_of_missing_stop_tokens_and_of_rows_past_the_context(
     [
         ({"text": "x"}, "this is text without roles"),
         ({"messages": []}, "the row has no messages"),
-        ([1], "the row is a list, not an object"),
+        ([1], "message 1 is a number, not an object"),
         ({"messages": ["x"]}, "message 1 is a string, not an object"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 has the role 'robot'; use one of"),

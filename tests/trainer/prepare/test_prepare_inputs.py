@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from sftd.trainer.chat.errors import ChatError, PrepareError
 from sftd.trainer.chat.rows import conversation
 from sftd.trainer.chat.shapes import RowKeys
-from sftd.trainer.tools.prepare import tokenize_files
+from sftd.trainer.tools.prepare import row_file, tokenize_files
 from sftd.trainer.tools.prepare.sources import chat_files, json_text
 from sftd.trainer.tools.prepare.sources.chat_files import Piece, open_source, pieces, rows_of
 from sftd.trainer.tools.prepare.sources.dataset_folder import expand
@@ -54,6 +55,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ({"prompt": "q", "response": "a", "messages": None}, "prompt+response"),
         ({"instruction": "q", "input": "", "output": "a"}, "instruction+output"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, *ANSWER]}, "messages"),
+        (
+            {"messages": [{"role": "human", "content": [{"type": "input_text", "text": "q"}]}, *ANSWER]},
+            "messages",
+        ),
+        ({"conversation": [{"role": "User", "text": "q"}, {"role": "AI", "value": "a"}]}, "conversation"),
+        ({"messages": str(QUESTION + ANSWER)}, "messages"),
     ],
 )
 def test_a_chat_is_the_same_in_every_shape(row: dict[str, Any], shape: str) -> None:
@@ -80,7 +87,8 @@ def test_alpacas_input_and_history_are_part_of_the_chat() -> None:
 )
 def test_tool_calls_come_as_templates_expect_them(call: dict[str, Any]) -> None:
     result = {"from": "observation", "value": "2"}
-    chat = conversation({"messages": [*QUESTION, call, result, *ANSWER], "tools": json.dumps([CALL])})
+    field = "functions" if "from" in call else "tools"
+    chat = conversation({"messages": [*QUESTION, call, result, *ANSWER], field: json.dumps([CALL])})
     assert chat.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
     assert chat.messages[2] == {"role": "tool", "content": "2"}
     assert chat.tools == [CALL]
@@ -93,7 +101,8 @@ def test_tool_calls_come_as_templates_expect_them(call: dict[str, Any]) -> None:
             {"messages": [*QUESTION, {**ANSWER[0], "weight": 0}]},
             "all of the assistant's messages have the weight 0",
         ),
-        ({"messages": [*QUESTION, {**ANSWER[0], "weight": 0.5}]}, "weight 0.5; it can only be 0 or 1"),
+        ({"messages": [*QUESTION, {**ANSWER[0], "weight": -1}]}, "message 2 has the weight -1; it must be"),
+        ({"messages": QUESTION + ANSWER, "weight": "nan"}, "the row has the weight nan; it must be a number"),
         (
             {"messages": [*QUESTION, {"role": "assistant", "tool_calls": ["f"]}]},
             "tool call of message 2 is not an obj",
@@ -154,10 +163,17 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "j.ndjson.xz").write_bytes(lzma.compress((tmp_path / "f.jsonl").read_bytes()))
     (tmp_path / "k.jsonl").write_text("\n".join(json.dumps(row, indent=2) for row in wanted))
     (tmp_path / "l.json").write_text("\n\n" + json.dumps(wanted))
+    for name, codec in (("m.jsonl.zst", "zstd"), ("n.json.lz4", "lz4")):
+        with pa.CompressedOutputStream(str(tmp_path / name), codec) as stream:
+            stream.write((tmp_path / ("f.jsonl" if codec == "zstd" else "d.json")).read_bytes())
     for path in sorted(tmp_path.iterdir()):
         assert read(path) == wanted, path
         assert open_source(path).rows == 40
         assert [p.first for p in pieces(open_source(path), RowKeys())][:2] == [1, 8]
+    chats = [row["messages"] for row in wanted]
+    for path in (write_jsonl(tmp_path / "o.jsonl", chats), tmp_path / "p.json"):
+        (tmp_path / "p.json").write_text(json.dumps(chats))
+        assert [conversation(row).messages for row in read(path)] == chats
     (tmp_path / "d.json").write_text('[{"messages": 1}, {"mess')
     with pytest.raises(PrepareError, match=r"d.json, row 2 is not JSON"):
         read(tmp_path / "d.json")
@@ -194,7 +210,8 @@ def test_csv_is_read_by_its_columns(models: dict[str, Path], tmp_path: Path) -> 
             r"e.jsonl.gz is broken \(Compressed file ended",
         ),
         ("f.jsonl.gz", b"{}", r"f.jsonl.gz is broken \(Not a gzipped file"),
-        ("g.jsonl.zst", b"", r"g.jsonl.zst cannot be read directly: decompress it"),
+        ("g.jsonl.zst", b"{}", r"g.jsonl.zst is broken \(ZSTD decompress failed"),
+        ("g.jsonl.zip", b"", r"g.jsonl.zip cannot be read directly: unpack it"),
         ("h.jsonl", b'{\n "a": 1,\n}\n', r"h.jsonl, row 1 is not JSON"),
     ],
 )
@@ -263,17 +280,44 @@ def test_the_marks_of_other_tools_leave_an_answer_untrained(
 
     for no, yes in ((False, True), (0, 1)):
         assert trained(**{mark: no}) < trained(**{mark: yes}) == trained()
-    with pytest.raises(ChatError, match=f"message 2 has the {mark} maybe; it can only be 0 or 1"):
+    with pytest.raises(ChatError, match=f"message 2 has the {mark} maybe; it (can only be 0|must be a num)"):
         conversation({"messages": [*QUESTION, {**ANSWER[0], mark: "maybe"}]})
     if mark != "weight":
         with pytest.raises(ChatError, match="the marks of message 2 contradict each other"):
             conversation({"messages": [*QUESTION, {**ANSWER[0], mark: False, "weight": 1}]})
 
 
+@pytest.mark.parametrize("options", [{}, {"val_rows": 2, "max_length": 130}])
+def test_weights_other_than_0_and_1_have_a_column(
+    options: dict[str, Any], models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_file, "_ROW_GROUP_ROWS", 2)
+    turns = [{**ANSWER[0], "weight": w, "content": c} for w, c in ((0, "none"), (0.25, "some"), (1, "all"))]
+    wanted = [*rows(5), {"messages": [m for a in turns for m in (*QUESTION, a)], "weight": "2"}]
+    plain = prepare(write_jsonl(tmp_path / "c.jsonl", rows(5)), models["qwen2.5"], tmp_path / "t.parquet")
+    assert "loss_weights" not in pq.read_schema(plain["path"]).names
+    source = write_jsonl(tmp_path / "c.jsonl", wanted)
+    done = prepare(source, models["qwen2.5"], tmp_path / "t.parquet", **options)
+    files = [pq.read_table(one["path"]) for one in (done, done["val"]) if one]
+    (table,) = (file.to_pylist() for file in files if "loss_weights" in file.column_names)
+    tokenizer = AutoTokenizer.from_pretrained(models["qwen2.5"])
+    found: dict[float, list[int]] = {}
+    for row in table:
+        for id_, label, weight in zip(row["input_ids"], row["labels"], row["loss_weights"], strict=True):
+            assert (weight == 0) == (label == -100)
+            found.setdefault(weight, []).append(id_)
+    texts = {weight: tokenizer.decode(ids) for weight, ids in found.items() if weight}
+    assert texts[0.5] == "some<|im_end|>"
+    assert texts[1] == "a<|im_end|>" * (len(table) - 1)
+    assert options or texts[2] == "all<|im_end|>"
+    assert done["warnings"][-1].startswith("1 row with weights other than 0 and 1: the column loss_weights")
+    assert sorted(path.name for path in tmp_path.glob("*.partial*")) == []
+
+
 def test_what_is_not_used_is_counted_and_told(models: dict[str, Path], tmp_path: Path) -> None:
     chat = [{**QUESTION[0], "training": True}, {**ANSWER[0], "train_detail": [], "name": "Bo"}]
     wanted = [
-        {"messages": chat, "id": 1, "loss_type": "a", "weight": 0.5},
+        {"messages": chat, "id": 1, "loss_type": "a", "weight": "heavy", "loss": 0.5},
         {"messages": QUESTION + ANSWER, "id": 2},
         {"messages": QUESTION + ANSWER, "train": False},
     ]
@@ -282,13 +326,14 @@ def test_what_is_not_used_is_counted_and_told(models: dict[str, Path], tmp_path:
     card = json.loads(Path(done["card"]).read_text())
     assert card["chats"]["with_fields_not_used"] == {
         "id": 2,
+        "loss of a row": 1,
         "loss_type": 1,
         "train_detail of messages": 1,
         "weight of a row": 1,
         "weight of a user message": 1,
     }
     assert card["chats"]["dropped_by_reason"] == {"the row is marked as not trained": 1}
-    not_used = "loss_type (1 chat), train_detail of messages (1 chat), weight of a row (1 chat), "
+    not_used = "loss of a row (1 chat), loss_type (1 chat), train_detail of messages (1 chat), weight of a row (1 chat), "
     assert done["warnings"] == [
         f"sftd does not use {not_used}weight of a user message (1 chat)",
         "1 row marked as not trained: left out",
@@ -491,7 +536,9 @@ def test_the_splits_of_a_folder_are_kept_and_a_leak_is_told(models: dict[str, Pa
     options: dict[str, Any] = {"val_split": "test", "val_out": tmp_path / "v.parquet"}
     done = prepare(tmp_path / "set", models["qwen2.5"], tmp_path / "t.parquet", **options)
     assert (done["rows"], done["val"]["rows"]) == (10, 4)
-    assert done["warnings"] == ["2 training rows with a chat that is also in the validation split"]
+    assert done["warnings"] == [
+        "2 training rows with a chat that is also in the validation data; the first (from 0) in t.parquet: 8, 9"
+    ]
     with pytest.raises(PrepareError, match="none of the sources is a folder"):
         prepare(tmp_path / "set/train.jsonl", models["qwen2.5"], tmp_path / "t.parquet", **options)
 

@@ -6,8 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pyarrow.parquet as pq
@@ -372,11 +371,11 @@ def test_sample_prompts_begin_once_and_are_rendered_as_the_data_was(tmp_path: Pa
         "model": {"partial_pretrain": str(tmp_path / "model")},
         "trainer": {"sample_prompts": ["1+1?"]},
     }
-    spec, session = msgspec.convert(sections, Spec), SimpleNamespace(layout=SimpleNamespace(tp=1))
+    spec = msgspec.convert(sections, Spec)
 
     def asked(chosen: ChatTemplate | None) -> str:
-        made: Any = Generator(spec, cast("Any", session), len(tokenizer), chosen)
-        return str(tokenizer.decode(made._prompts["1+1?"]))
+        made: Any = Generator(spec, len(tokenizer), chosen)
+        return str(tokenizer.decode(made._ids["1+1?"]))
 
     bos = tokenizer.bos_token
     shown: Any = tokenizer.apply_chat_template([QUESTION], tokenize=True, add_generation_prompt=True)

@@ -127,3 +127,11 @@ def test_the_cost_of_checkpoints_is_measured(script: Callable[..., str]) -> None
     for saved in found["async"]:
         assert saved["steps"] >= 1
         assert 0 < saved["blocking"] < saved["seconds"]
+
+
+def test_generation_is_compared_with_transformers(script: Callable[..., str], models: Path) -> None:
+    sizes = ("--prompts", 3, "--tokens", 4, "--turns", 1, "--threads", 1)
+    lines = script("bench_generate.py", models / "llama_tied", *sizes).splitlines()
+    assert lines[-5] == "3 of 3 answers equal those of transformers with its cache"
+    found = json.loads(lines[-1])
+    assert list(found["median"]) == ["sftd", "transformers, cache", "transformers, no cache"]

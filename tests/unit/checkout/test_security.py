@@ -225,7 +225,7 @@ def test_what_can_run_others_code_is_called_where_it_is_known() -> None:
     # trusts nothing, and the families that are trained need no code of their own.
     assert sorted(calls("from_pretrained")) == sorted(
         [
-            "sftd/trainer/loop/generate.py",
+            "sftd/trainer/decoding/prompts.py",
             *["sftd/trainer/tools/export/prove.py"] * 4,
             "sftd/trainer/tools/prepare/demo_model.py",
             "sftd/trainer/tools/prepare/demo_model.py",
@@ -245,7 +245,7 @@ def test_no_loader_trusts_code_by_itself() -> None:
         if keyword.arg == "trust_remote_code"
     ]
     assert "True" not in said
-    assert "spec.model.trust_remote_code" in said
+    assert "model.trust_remote_code" in said
 
 
 def test_remote_code_is_off_and_says_so_when_it_is_on() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,32 @@ def step(number: int, **changes: Any) -> e.StepCompleted:
         "peak_memory_bytes": 3 * 2**29,
     }
     return e.StepCompleted(step=number, **fields | changes)
+
+
+def test_figures_become_metrics_and_a_source_a_key_that_mlflow_takes() -> None:
+    sources = {
+        "docs/a b": e.SourceFigures(rows=3, tokens=60, loss=1.25),
+        "..": e.SourceFigures(rows=1, tokens=20, loss=2.25),
+        "x" * 300: e.SourceFigures(rows=1, tokens=20, loss=2.5),
+    }
+    figures: dict[str, Any] = {"token_accuracy": 0.5, "entropy": 1.25, "sources": sources}
+    validation = e.ValidationCompleted(step=3, loss=800.0, tokens=9, rows=2, seconds=1.0, **figures)
+    for event, prefix, perplexity in (
+        (step(3, **figures), "", math.exp(1.5)),
+        (validation, "val_", math.inf),
+    ):
+        points = mapping.points(recorded(event), {})
+        assert len(points) == mapping.most_points(event)
+        found = {p.key: p.value for p in points}
+        expected = {
+            "token_accuracy": 0.5,
+            "entropy": 1.25,
+            "perplexity": perplexity,
+            "loss/docs_a b": 1.25,
+            "loss/_": 2.25,
+        }
+        assert {f"{prefix}{key}": value for key, value in expected.items()}.items() <= found.items()
+        assert found[f"{prefix}loss/{'x' * 300}"[:250]] == 2.5
 
 
 def test_step_becomes_metrics_at_the_event_s_time() -> None:

@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import sftd
+from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Refused
 from sftd.domain.model.peft import tensors_of
 from sftd.domain.spec.parse import parse
@@ -100,8 +101,8 @@ def test_what_is_found_is_told_and_becomes_the_first_event(folder: Path) -> None
 def test_a_fork_counts_from_where_it_begins_to_read(folder: Path) -> None:
     asked = []
 
-    def start(digest: str) -> OrderStart:
-        asked.append(digest)
+    def start(train: DataFacts) -> OrderStart:
+        asked.append(train.digest)
         return OrderStart(10, 6)
 
     found = preflight.inspect(spec_of(folder), start, home=folder)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from sftd.domain.data.facts import DataFacts
+from sftd.domain.data.facts import DataFacts, SourceFacts
 from sftd.domain.errors import Problem, Refused
 from sftd.domain.model.files import ModelFile, ModelFiles
 from sftd.domain.model.peft import PeftAdapter, tensors_of
@@ -79,6 +79,25 @@ CPUS, GPUS = HostDevices("box", 0, 2), HostDevices("node", 8, 64)
 def data(rows: int = 100, digest: str = "t", **fields: Any) -> DataFacts:
     counts = {"tokens": 1, "trained_tokens": 1, "longest": 1, "truncated": 0, "unusable": 0}
     return DataFacts(**{"files": [f"/{digest}"], "digest": digest, "rows": rows} | counts | fields)
+
+
+CODE, CHAT = {"name": "code", "files": ["/t"]}, {"name": "chat", "files": ["/c"]}
+
+
+def facts_of(name: str, rows: int = 9, digest: str = "d") -> SourceFacts:
+    return SourceFacts(name=name, rows=rows, tokens=rows, digest=digest)
+
+
+def mixed(*sources: dict[str, Any]) -> dict[str, Any]:
+    return {"data.train_files": [], "data.sources": list(sources)}
+
+
+def stage(until_step: int, **weights: float) -> dict[str, Any]:
+    return {"until_step": until_step, "weights": weights}
+
+
+def staged(*sources: dict[str, Any], stages: list[dict[str, Any]]) -> dict[str, Any]:
+    return mixed(*(sources or ({**CODE, "weight": 1},))) | {"data.stages": stages, "trainer.max_steps": 9}
 
 
 NEED = storage(Spec(), SHAPE, 7, "float32")
@@ -153,6 +172,35 @@ REFUSED: dict[str, list[Row]] = {
     "no_model": [Row("model.partial_pretrain", "is not set", {"model.path": ""}, fix="Hugging Face folder")],
     "no_train_files": [
         Row("data.train_files", "is empty", {"data.train_files": []}, fix="at least one Parquet file")
+    ],
+    "sources_beside_train_files": [
+        Row("data.sources", "beside data.train_files", {"data.sources": [CODE]}, fix="a source")
+    ],
+    "unusable_source": [
+        Row("data.sources[1].name", "'code' is another source", mixed(CODE, CODE)),
+        Row(
+            "data.sources[0].name", "cannot be a source's name", mixed({**CODE, "name": "a/b"}), fix="letters"
+        ),
+        Row("data.sources[0].files", "is empty", mixed({**CODE, "files": []}), fix="Parquet"),
+    ],
+    "weights_beside_epochs": [
+        Row("data.sources[0]", "a weight and epochs", mixed({**CODE, "weight": 1, "epochs": 2})),
+        Row("data.sources", "for some of the sources", mixed({**CODE, "weight": 1}, CHAT)),
+        Row("data.sources", "all weights are 0", mixed({**CODE, "weight": 0})),
+    ],
+    "unusable_stage": [
+        Row("data.stages", "have none", staged(CODE, stages=[{"until_step": 2, "weights": {"code": 1}}])),
+        Row(
+            "data.stages[0].weights",
+            "'math' is not a source",
+            staged(stages=[stage(2, math=1)]),
+            fix="use code",
+        ),
+        Row("data.stages[0].weights", "all are 0", staged(stages=[stage(2, code=0)]), fix="above 0"),
+        Row("data.stages[1].until_step", "is 2, after", staged(stages=[stage(3, code=1), stage(2, code=2)])),
+    ],
+    "mixture_without_end": [
+        Row("trainer.max_steps", "code is repeated", mixed({**CODE, "weight": 1}), fix="on_exhausted: stop")
     ],
     "unusable_name": [
         Row("trainer.project_name", "contains a slash", {"trainer.project_name": "a/b"}),
@@ -412,6 +460,14 @@ REFUSED: dict[str, list[Row]] = {
     "nothing_to_train": [
         Row("data.train_files", "/t: none of the 9 rows", facts={"train": data(9, unusable=9)}),
         Row("data.val_files", "/v: none of the 9 rows", facts={"val": data(9, "v", unusable=9)}),
+    ],
+    "source_without_rows": [
+        Row(
+            "data.sources",
+            "no row of code",
+            mixed(CODE),
+            {"train": data(sources=(facts_of("code", rows=0),))},
+        )
     ],
     "rows_not_to_truncate": [
         Row(
@@ -731,6 +787,14 @@ WARNED: dict[str, list[Row]] = {
     ],
     "parent_without_daemon": [
         Row("calm-fox", "trained without a daemon", facts=parent(is_direct=True), fix="sftd resume calm-fox")
+    ],
+    "source_with_other_files": [
+        Row(
+            "data.sources",
+            "code has other files than in calm-fox",
+            mixed(CODE),
+            {"train": data(sources=(facts_of("code"),))} | parent(sources=(facts_of("code", digest="c"),)),
+        )
     ],
     "no_space_for_all_checkpoints": [
         Row(

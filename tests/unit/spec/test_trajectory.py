@@ -111,6 +111,9 @@ FREE = {
 NOT_FREE = {
     "data.sequence_length": 64,
     "data.shuffle": False,
+    "data.sources": [{"name": "code", "files": ["/c"]}],
+    "data.stages": [{"until_step": 2, "weights": {"code": 1.0}}],
+    "data.weights_by": "tokens",
     "data.train_batch_size": 128,
     "data.train_files": ["/other"],
     "data.truncation": "left",
@@ -228,7 +231,7 @@ def test_a_fork_goes_on_with_the_sample_where_its_parent_stood(
     order = (OrderStart(step // 2, 10_000),) if skipped else ()
     parent = Run("p", spec=spec(data__train_batch_size=batch), train_digest="d", order=order)
     new, _ = change(parent.spec, [("data.train_batch_size", other_batch), ("optimizer.lr", 0.5)])
-    start = trajectory.forked_order(parent, step, new, "d")
+    start = trajectory.forked_order(parent, step, new, "d")[0]
     assert start.position(step, other_batch) == parent.sample_position(step)
     assert start.position(step + later, other_batch) == parent.sample_position(step) + later * other_batch
     for other, digest in (
@@ -236,9 +239,9 @@ def test_a_fork_goes_on_with_the_sample_where_its_parent_stood(
         (change(new, [("data.shuffle", False)])[0], "d"),
         (new, "other"),
     ):
-        assert trajectory.forked_order(parent, step, other, digest) == OrderStart(step, 0)
+        assert trajectory.forked_order(parent, step, other, digest)[0] == OrderStart(step, 0)
     moved, _ = change(new, [("data.train_files", ["/moved"])])
-    assert trajectory.forked_order(parent, step, moved, "d") == start
+    assert trajectory.forked_order(parent, step, moved, "d")[0] == start
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

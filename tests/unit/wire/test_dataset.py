@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +244,8 @@ def test_a_few_labels_of_another_token_are_reported(tmp_path: Path) -> None:
         ("loss_mask", [[0, 0, 1, 1], [0, 1]], [[0, 0, 1, 0], [0, 1]]),
         ("loss_mask", [[0, 1, 1, 0], [1, 0]], [[0, 0, 0, 0], [0, 0]]),
         ("assistant_masks", [[False, False, True, True], [True, True]], [[False] * 4, [True, True]]),
-        ("weight", [1.0, 1.0], [1.0, 0.5]),
-        ("loss_weights", [[0.0, 0.0, 1.0, 1.0], [0.0, 1.0]], [[0.0, 0.0, 1.0, 0.2], [0.0, 1.0]]),
+        ("weight", [1.0, 1.0], [1.0, -0.5]),
+        ("loss_weights", [[0.0, 0.0, 1.0, 1.0], [0.0, 1.0]], [[0.0, 0.0, 1.0, 0.2], [0.0, math.nan]]),
     ],
 )
 def test_columns_that_change_what_a_row_means(
@@ -255,6 +256,38 @@ def test_columns_that_change_what_a_row_means(
     text = refusal(parquet(tmp_path / "b.parquet", GOOD | {column: other}))
     assert column in text
     assert "row " in text
+
+
+@pytest.mark.parametrize(
+    ("columns", "trained", "weights"),
+    [
+        ({"weight": [1.0, 1.0]}, 3, None),
+        ({"weight": [0.0, 1.0]}, 1, None),
+        ({"weight": [0.5, 1.0]}, 3, [0.5, 0.5, 0.5, 0.5, 1, 1]),
+        ({"weight": [2, 3], "loss_weights": [[9, 9, 0, 0.5], [1, 1]]}, 2, [18, 18, 0, 1, 3, 3]),
+        # A mask of another tool at the predicting tokens, and one that fits neither place.
+        ({"loss_weights": [[0, 1, 1, 0], [1, 0]]}, 3, None),
+        ({"loss_weights": [[0, 1, 1, 0], [0, 1]]}, 2, None),
+        # No mask: a weight for each label.
+        ({"loss_weights": [[0, 1, 1, 0.5], [1, 1]]}, 3, [0, 1, 1, 0.5, 1, 1]),
+    ],
+)
+def test_weights_of_rows_and_tokens(
+    tmp_path: Path, columns: dict[str, Any], trained: int, weights: list[float] | None
+) -> None:
+    path = parquet(tmp_path / "a.parquet", GOOD | columns)
+    assert inspect(path).trained_tokens == trained
+    # As submit and as a run reads them.
+    for judges in (True, False):
+        with DataFile(path, judges=judges) as file:
+            (rows,) = file.slices(VOCABULARY)
+        assert (None if rows.weights is None else rows.weights.tolist()) == weights
+        begins, ends = rows.kept(8, "right")
+        found = [0.0, 0.0]
+        for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
+            places = [i for i in range(begin + 1, end) if rows.labels[i] != -100]
+            found[row] = sum(1 if weights is None else weights[i] for i in places)
+        assert rows.sum_of_weights(begins, ends).tolist() == found
 
 
 def test_padding_needs_no_weight(tmp_path: Path) -> None:
@@ -338,8 +371,9 @@ def test_labels_are_judged_over_all_rows_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "values", "row"),
     [
-        ("loss_weights", [[0, 1, 1, 1], [1, 1], [1, 0.5, 0.5]], 2),
-        ("loss_weights", [1, 0, 1], 1),
+        ("loss_mask", [[0, 1, 1, 1], [1, 1], [1, 0.5, 0.5]], 2),
+        ("loss_mask", [1, 0, 1], 1),
+        ("weight", [1, 1, 1e40], 2),
         ("position_ids", [[0, 1, 2, 3], [0, 1], [0, 1, 0]], 2),
         ("segment_ids", [[3, 3, 3, 3], [1, 2], [4, 4, 4]], 1),
     ],

@@ -56,10 +56,12 @@ from sftd.domain.log.events.training import ReplayDiverged as ReplayDiverged
 from sftd.domain.log.events.training import ReplayVerified as ReplayVerified
 from sftd.domain.log.events.training import SampleGenerated as SampleGenerated
 from sftd.domain.log.events.training import SamplesSkipped as SamplesSkipped
+from sftd.domain.log.events.training import SourceFigures as SourceFigures
 from sftd.domain.log.events.training import StepCompleted as StepCompleted
 from sftd.domain.log.events.training import TrainingResumed as TrainingResumed
 from sftd.domain.log.events.training import ValidationCompleted as ValidationCompleted
 from sftd.domain.log.events.training import WeightsDigested as WeightsDigested
+from sftd.domain.log.events.training import perplexity as perplexity
 
 EVENT_TYPES: dict[str, type[Event]] = {cls.__name__: cls for cls in Event.__subclasses__()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from sftd.domain.data.mixture import MixtureStart
 from sftd.domain.log.events.base import AfterStop, Event, NoticeFacts, NoticeKind, Severity
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.text.words import changes, counted, first_line, size
@@ -36,9 +37,10 @@ class RunForked(Event, frozen=True):
 
     `changes` maps the keys whose values differ to [the parent's, the fork's]. Training continues at 0-based step `step` and
     reads from position `sample` of the fork's sample order (see `sample_order`): the parent's position if the fork has the
-    parent's order, else 0.
+    parent's order, else 0. `mixture`: where a mixture of sources begins, None at their first rows.
     """
 
+    schema_version: ClassVar[int] = 2
     is_lifecycle: ClassVar[bool] = True
 
     parent: str
@@ -50,6 +52,7 @@ class RunForked(Event, frozen=True):
     tokens_total: int
     changes: dict[str, Any]
     by: str
+    mixture: MixtureStart | None = None
 
     def summary(self) -> str:
         changed = "".join(f"; {change}" for change in changes(self.changes))

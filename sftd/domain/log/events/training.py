@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
+
+import msgspec
 
 from sftd.domain.log.events.base import Event, NoticeFacts, NoticeKind, OfStep, Severity
 from sftd.domain.text.words import counted, loss, memory, size
@@ -87,17 +90,37 @@ class TrainingResumed(Event, frozen=True):
         return f"from step {self.step}"
 
 
+class SourceFigures(msgspec.Struct, frozen=True):
+    """One of several sources in a step or a validation: its rows, their trained tokens, and the mean loss of those, weighted as
+    that of the event."""
+
+    rows: int
+    tokens: int
+    loss: float
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) of a mean loss in nats, infinite beyond the range of a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 class StepCompleted(OfStep, Event, frozen=True):
-    """One optimizer step. `loss` is the mean over the trained tokens of the global batch, `grad_norm` is before clipping.
+    """One optimizer step. `loss` is the mean over the trained tokens of the global batch (Σ weight · loss ÷ Σ weight if the data
+    has weights), `grad_norm` is before clipping.
 
     `tokens` counts trained tokens (label is not -100), `tokens_real` excludes padding, `tokens_padded` includes it.
     `tokens_total` counts the trained tokens of all steps up to this one. `samples_digest` is a sha256 over the global row
     numbers in order. `mfu` is the model FLOPs utilization in 0 … 1, None if the device's peak FLOP/s is unknown.
     `peak_memory_bytes` is the largest use of any rank so far (tensors on a GPU, the process on a CPU). `load_balancing_loss` and
     `z_loss` are those of `model.moe`, without their coefficients and not part of `loss`; None where they are off.
+    `token_accuracy`: share of the trained tokens whose logit is the highest. `entropy`: mean over the trained tokens of
+    −Σ p · log p in nats. Neither is weighted. `sources`: the sources that the step reads, by name; None if there is only one.
     """
 
-    schema_version: ClassVar[int] = 3
+    schema_version: ClassVar[int] = 4
     progress: ClassVar[str] = ""
 
     step: int
@@ -116,6 +139,9 @@ class StepCompleted(OfStep, Event, frozen=True):
     peak_memory_bytes: int | None = None
     load_balancing_loss: float | None = None
     z_loss: float | None = None
+    token_accuracy: float | None = None
+    entropy: float | None = None
+    sources: dict[str, SourceFigures] | None = None
 
     def details(self) -> str:
         # Short, so that a line of `sftd logs`, which starts with the attempt, usually fits 80 columns.
@@ -129,13 +155,14 @@ class StepCompleted(OfStep, Event, frozen=True):
 
 
 class ValidationCompleted(OfStep, Event, frozen=True):
-    """The whole validation set was evaluated: `loss` is the mean over its `tokens` trained tokens.
+    """The whole validation set was evaluated: `loss` is the mean over its `tokens` trained tokens. `token_accuracy`, `entropy` and
+    `sources` as in `StepCompleted`.
 
     `expert_load`: number of each layer with experts → share of the tokens' choices that went to the expert with the most of them.
     None for a dense model.
     """
 
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
     progress: ClassVar[str] = "validation "
 
     step: int
@@ -144,9 +171,14 @@ class ValidationCompleted(OfStep, Event, frozen=True):
     rows: int
     seconds: float
     expert_load: dict[int, float] | None = None
+    token_accuracy: float | None = None
+    entropy: float | None = None
+    sources: dict[str, SourceFigures] | None = None
 
     def details(self) -> str:
         found = f"loss {loss(self.loss)} over {counted(self.tokens, 'token')}"
+        if self.token_accuracy is not None:
+            found += f", accuracy {self.token_accuracy:.1%}"
         if self.expert_load:
             fullest = max(self.expert_load, key=self.expert_load.__getitem__)
             found += f"; fullest expert {self.expert_load[fullest]:.1%} (layer {fullest})"

@@ -107,7 +107,7 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[MetricPoint]:
         loads = {f"expert_load/layer_{layer}": load for layer, load in (event.expert_load or {}).items()}
         return [
             MetricPoint(key, value, at, event.step)
-            for key, value in ({"val_loss": event.loss} | loads).items()
+            for key, value in ({"val_loss": event.loss} | _figures(event, "val_") | loads).items()
         ]
     # MLflow's page shows the section `system/`, and no other, below the keys without a prefix.
     values = {
@@ -126,15 +126,33 @@ def points(recorded: e.Recorded, highest: dict[str, int]) -> list[MetricPoint]:
     for key in ("load_balancing_loss", "z_loss"):
         if (value := getattr(event, key)) is not None:
             values[key] = value
+    values |= _figures(event, "")
     return [MetricPoint(key, value, at, event.step) for key, value in values.items()]
+
+
+def _figures(event: e.StepCompleted | e.ValidationCompleted, prefix: str) -> dict[str, float]:
+    """Metrics beside the loss. An event of an older sftd has none."""
+    if event.token_accuracy is None or event.entropy is None:
+        return {}
+    values = {
+        "token_accuracy": event.token_accuracy,
+        "entropy": event.entropy,
+        "perplexity": e.perplexity(event.loss),
+    }
+    for name, of_source in (event.sources or {}).items():
+        # A key that is no normalised path, such as `loss/..`, is refused.
+        values[f"loss/{_NOT_IN_KEY.sub('_', name).strip('.') or '_'}"] = of_source.loss
+    return {f"{prefix}{key}"[:_KEY]: value for key, value in values.items()}
 
 
 def most_points(event: e.Event) -> int:
     """An upper bound of the event's number of points."""
     if isinstance(event, e.StepCompleted):
-        return 8 + (event.load_balancing_loss is not None) + (event.z_loss is not None)
+        router = (event.load_balancing_loss is not None) + (event.z_loss is not None)
+        return 8 + router + 3 * (event.token_accuracy is not None) + len(event.sources or {})
     if isinstance(event, e.ValidationCompleted):
-        return 1 + len(event.expert_load or {})
+        loads = len(event.expert_load or {})
+        return 1 + loads + 3 * (event.token_accuracy is not None) + len(event.sources or {})
     if isinstance(event, e.SystemSampled):
         return 3 + 4 * len(event.gpus)
     return 1

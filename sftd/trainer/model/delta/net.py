@@ -64,10 +64,7 @@ class GatedDeltaNet(MegatronModule):
     def mix(self, projected: Tensor, layout: SequenceLayout) -> Tensor:
         """Output of `linear_in` [s, b, …] → input of `linear_proj` [s, b, value heads · e]."""
         if layout.cache is not None:
-            new = projected.shape[0]
-            projected = self._all_of(projected, layout.cache)
-            positions = torch.arange(projected.shape[0], device=projected.device)
-            return self._mix(projected, positions, (0, projected.shape[0]))[-new:]
+            return self._continued(projected, layout, layout.cache)
         ends = (0, projected.shape[0]) if layout.chunks is None else tuple(layout.chunks[0].key_ends)
         # Saves its input only: the FP32 tensors in it would take many times the memory of the layer's others.
         return checkpoint(
@@ -89,13 +86,16 @@ class GatedDeltaNet(MegatronModule):
         gated = gated_rms_norm(out, gate.reshape(out.shape), norm, self.eps).to(projected.dtype)
         return gated.flatten(1).unflatten(0, (-1, rows))
 
-    def _all_of(self, projected: Tensor, cache: KeyValueCache) -> Tensor:
-        """`linear_in`'s output for all tokens: a new one costs a pass over all of them, which is exact and enough for samples."""
-        if cache.length:
-            (old,) = cache.layers[self.layer_number]
-            projected = torch.cat((old[: cache.length], projected))
-        cache.layers[self.layer_number] = (projected,)
-        return projected
+    def _continued(self, projected: Tensor, layout: SequenceLayout, cache: KeyValueCache) -> Tensor:
+        """`mix` of tokens that follow the cached ones. The cache has `linear_in`'s output and no state: a new token costs the
+        recurrence of all tokens of its answer, which is exact."""
+        (held,) = cache.append(self.layer_number, layout.positions, projected.transpose(0, 1)[:, None])
+        whole = held[:, 0].transpose(0, 1)
+        places = torch.arange(whole.shape[0], device=whole.device)
+        # Padding follows an answer's tokens, so it does not change them.
+        mixed = self._mix(whole, places, (0, whole.shape[0]))
+        columns = torch.arange(whole.shape[1], device=whole.device)
+        return mixed[layout.positions.view(projected.shape[0], -1), columns]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None

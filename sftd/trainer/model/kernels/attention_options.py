@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Queries whose scores are in memory at a time.
@@ -99,6 +100,34 @@ def blocks(
     return cast(Tensor, _Blocks.apply(query, key, value, sinks, scale, window, softcap))
 
 
+def after_cached(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    positions: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`blocks` without gradients for the few newest tokens of answers of different lengths: the keys have positions 0 to m − 1, the
+    queries have `positions` int64 [n, b], or [n] if all rows have the same."""
+    places = positions.view(query.shape[2], -1).T[:, None, :, None]
+    behind = places - torch.arange(key.shape[2], device=key.device)
+    if window is None and softcap is None and sinks is None:
+        # A group's heads as more queries, so that its keys are read once.
+        mask = (behind >= 0).repeat(1, 1, query.shape[1] // key.shape[1], 1)
+        out = F.scaled_dot_product_attention(_grouped(query, key), key, value, attn_mask=mask, scale=scale)
+        return _ungrouped(out, query, slice(0, query.shape[2]))
+    scores, _ = _capped(query, key, behind, scale, window, softcap)
+    if sinks is None:
+        shares = scores.softmax(-1)
+    else:
+        shares = (scores - _with_sink(scores.logsumexp(-1), sinks[:, None]).unsqueeze(-1)).exp_()
+    return _ungrouped(_grouped(shares.to(value.dtype), value) @ value, query, slice(0, query.shape[2]))
+
+
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -165,15 +194,24 @@ def _scores(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores [b, heads, queries, keys] of a block, at least in FP32, and the slope of the cap there."""
-    products = _grouped(query[:, :, rows], key) @ key[:, :, seen].mT
-    scores = _ungrouped(products, query, rows).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    """`_capped` of a block."""
+    behind = torch.arange(rows.start, rows.stop, device=query.device)[:, None] + key.shape[2] - query.shape[2]
+    behind = behind - torch.arange(seen.start, seen.stop, device=query.device)
+    return _capped(query[:, :, rows], key[:, :, seen], behind, scale, window, softcap)
+
+
+def _capped(
+    query: Tensor, key: Tensor, behind: Tensor, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [b, heads, queries, keys], at least in FP32, and the slope of the cap there. `behind` [queries, keys] or
+    [b, 1, queries, keys]: how far a key is behind a query."""
+    products = _grouped(query, key) @ key.mT
+    scores = _ungrouped(products, query, slice(0, query.shape[2]))
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32)) * scale
     slope = None
     if softcap is not None:
         bounded = (scores / softcap).tanh()
         scores, slope = bounded * softcap, 1 - bounded * bounded
-    behind = torch.arange(rows.start, rows.stop, device=query.device)[:, None] + key.shape[2] - query.shape[2]
-    behind = behind - torch.arange(seen.start, seen.stop, device=query.device)
     is_hidden = behind < 0
     if window is not None:
         is_hidden |= behind >= window

@@ -85,7 +85,7 @@ def _compute(arguments: argparse.Namespace, events: Any) -> None:
         spec = msgspec.structs.replace(spec, model=msgspec.structs.replace(spec.model, quantize="none"))
     events.progress("reading the data files")
     rows = _rows(order, arguments.position)
-    digest = files_digest(spec.data.train_files)
+    digest = files_digest(spec.data.all_train_files)
     events.progress("verifying the checkpoint")
     manifest = verify(arguments.checkpoint, arguments.digest)
     events.progress("loading the trainer's model")
@@ -111,16 +111,16 @@ def _compute(arguments: argparse.Namespace, events: Any) -> None:
 def _rows(order: Order, position: int) -> list[tuple[list[int], list[bool]]]:
     """Ids and marks of trained tokens of the rows to compare on: the first from `position` on that the run trained on, and
     the first of its validation data."""
-    from sftd.trainer.data.sample_order import SampleOrder
+    from sftd.trainer.data.sample_order import order_of
     from sftd.trainer.tools.seen_rows import tokens_of, usable
 
     data = order.spec.data
-    rows = usable(data, data.train_files)
-    samples = SampleOrder(len(rows), seed=order.spec.model.megatron.seed, shuffle=data.shuffle)
+    rows = usable(data, data.all_train_files)
+    samples = order_of(order.spec, rows, order.mixture)
     numbers = rows.numbers[samples.rows(position, min(_ROWS, len(rows)))]
-    found = tokens_of(data, data.train_files, numbers)
-    if data.val_files:
-        found += tokens_of(data, data.val_files, usable(data, data.val_files).numbers[:_ROWS])
+    found = tokens_of(data, data.all_train_files, numbers)
+    if val_files := data.all_val_files:
+        found += tokens_of(data, val_files, usable(data, val_files).numbers[:_ROWS])
     return found
 
 
@@ -133,10 +133,10 @@ def _row(model: GPTModel, ids: list[int], marks: list[bool], vocab_size: int) ->
     trained = [place for place, is_trained in enumerate(marks) if is_trained]
     # The token before predicts it.
     places = [place - 1 for place in trained[:: -(-len(trained) // _POSITIONS)]]
-    cache, feed, logits = KeyValueCache(), ids[: trained[0]], []
+    cache, feed, logits = KeyValueCache([0]), ids[: trained[0]], []
     for _ in range(_NEW_TOKENS):
         logits.append(_logits(model, feed, [len(feed) - 1], vocab_size, cache))
-        cache.length = trained[0] + len(logits) - 1
+        cache.advance([len(feed)])
         feed = [int(logits[-1].argmax())]
     return {
         "ids": torch.tensor(ids),
@@ -156,7 +156,7 @@ def _logits(
     from sftd.trainer.data.sequence_layout import SequenceLayout
 
     tokens = torch.tensor([ids])
-    positions = torch.arange(len(ids)) + (cache.length if cache else 0)
+    positions = torch.arange(len(ids)) + (cache.lengths[0] if cache else 0)
     found: Any = model(
         tokens,
         positions[None],

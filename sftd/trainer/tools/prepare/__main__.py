@@ -68,6 +68,9 @@ def _run(arguments: argparse.Namespace, events: EventWriter) -> None:
             val_out=arguments.val_out,
             rewritten=arguments.rewritten,
             skip_bad_rows=arguments.skip_bad_rows,
+            dedupe=arguments.dedupe,
+            against=tuple(arguments.against),
+            drop_overlap=arguments.drop_overlap,
             template_args=dict(map(_template_arg, arguments.template_arg)),
             template_text=None
             if arguments.chat_template is None
@@ -153,6 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--val-out", type=Path, help="Parquet file of the held-out chats")
     tokenize.add_argument("--rewritten", choices=("refuse", "mask", "split"), default="refuse")
     tokenize.add_argument("--skip-bad-rows", action="store_true", help="leave unusable rows out")
+    tokenize.add_argument("--dedupe", action="store_true", help="leave out chats that repeat an earlier one")
+    tokenize.add_argument("--against", type=Path, action="append", default=[], help="validation chats")
+    tokenize.add_argument("--drop-overlap", action="store_true", help="leave out what validation data has")
     tokenize.add_argument(
         "--template-arg", action="append", default=[], help="NAME=JSON, a variable of the chat template"
     )

@@ -3,7 +3,7 @@ same input gives the same bytes."""
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,21 @@ from sftd.trainer.chat.shapes import PLAIN_FIELDS
 from sftd.trainer.chat.template import BoundTemplate
 from sftd.trainer.chat.tokenizer import tokenizer_digest
 from sftd.trainer.tools.prepare.card_text import as_markdown
+from sftd.trainer.tools.prepare.overlap import OVERLAPS, REPEATS, Overlap
 from sftd.trainer.tools.prepare.row_file import RowFile
 from sftd.trainer.tools.prepare.sources.chat_files import ChatSource
-from sftd.trainer.tools.prepare.tokenize_pieces import NOT_TRAINED, Done, PieceTokenizer, TokenizeOptions
+from sftd.trainer.tools.prepare.tokenize_pieces import (
+    NEAR_EMPTY,
+    NOT_TRAINED,
+    Done,
+    PieceTokenizer,
+    TokenizeOptions,
+)
 
 _FIELDS_NAMED = 8
 # Maximum number of separate reasons, and of rows as examples.
 _REASONS, _EXAMPLES = 40, 20
+_PLACES = 5
 # Maximum number of separate names, such as those of fields.
 _NAMES = 200
 # Positions and lengths, but not the 8 of UTF-8.
@@ -31,9 +39,9 @@ _NUMBER = re.compile(r"(?<![\w-])\d+(?!\w)")
 
 @dataclass
 class Counts:
-    """Counts of chats and rows. `rejected`, `dropped`: by reason. `leaked`: training rows whose chats are also in the data
-    set's own validation split. `unused`: number of chats by unused field or mark. `remarks`: sentences about the files.
-    `keys`: 8 bytes for each chat that is not held out."""
+    """Counts of chats and rows. `rejected`, `dropped`: by reason. `unused`: number of chats by unused field or mark.
+    `remarks`: sentences about the files. `keys`: 8 bytes for each chat that is not held out. `near_empty`, `over_long`: see
+    `Done`; the first places of each are in `places`."""
 
     chats: int = 0
     truncated: int = 0
@@ -42,7 +50,9 @@ class Counts:
     rewritten: int = 0
     special: int = 0
     unknown: int = 0
-    leaked: int = 0
+    near_empty: int = 0
+    over_long: int = 0
+    places: dict[str, list[str]] = field(default_factory=lambda: {"near_empty": [], "over_long": []})
     rejected: dict[str, int] = field(default_factory=dict)
     examples: list[dict[str, str]] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
@@ -66,6 +76,11 @@ class Counts:
         self.rewritten += done.rewritten
         self.special += done.special
         self.unknown += done.unknown
+        self.near_empty += len(done.near_empty)
+        self.over_long += len(done.over_long)
+        for name, found in (("near_empty", done.near_empty), ("over_long", done.over_long)):
+            first = self.places[name]
+            first += [place.rpartition("/")[2] for place in found[: _PLACES - len(first)]]
         for total, part in (
             (self.dropped, done.dropped),
             (self.shapes, done.shapes),
@@ -102,6 +117,8 @@ def make_card(
     val: RowFile | None,
     published: Sequence[dict[str, Any]],
     counts: Counts,
+    against: Sequence[ChatSource],
+    overlap: Overlap,
 ) -> dict[str, Any]:
     """The card as a JSON object."""
     import tokenizers
@@ -110,6 +127,7 @@ def make_card(
     loaded, masker = tokenizer.tokenizer, tokenizer.masker
     template = masker.template
     files = [("train", train), *([("validation", val)] if val is not None else [])]
+    same, asked, first = overlap.found()
     named = [*((source, "train") for source in sources), *((source, "validation") for source in held_out)]
     return {
         "format": 1,
@@ -150,6 +168,8 @@ def make_card(
             "val_split": options.val_split,
             "rewritten": options.rewritten,
             "skip_bad_rows": options.skip_bad_rows,
+            "dedupe": options.dedupe,
+            "drop_overlap": options.drop_overlap,
         },
         "chats": {
             "used": counts.chats,
@@ -167,6 +187,22 @@ def make_card(
             "trained_as_shown": counts.as_shown,
             "left_out_because_rewritten": counts.rewritten,
         },
+        "near_empty_rows": {
+            "trained_tokens_below": NEAR_EMPTY,
+            "rows": counts.near_empty,
+            "first": counts.places["near_empty"],
+        },
+        "long_rows": {
+            "tokens_above": options.max_length or tokenizer.context,
+            "rows": counts.over_long,
+            "first": counts.places["over_long"],
+        },
+        "validation_overlap": {
+            "compared_with": [{"name": source.name, "sha256": source.sha256} for source in against],
+            "training_rows_with_the_same_chat": same,
+            "training_rows_with_the_same_prompt_only": asked,
+            "first_training_rows": first,
+        },
         "rows_with_characters_that_the_vocabulary_lacks": counts.unknown,
         "outputs": {
             split: {
@@ -181,10 +217,15 @@ def make_card(
                 "truncated": file.truncated,
                 "cut_tokens": file.cut_tokens,
                 "cut_trained_tokens": file.cut_trained_tokens,
+                "weighted_rows": file.weighted,
             }
             for (split, file), done in zip(files, published, strict=True)
         },
-        "warnings": _warnings(counts, template, model, [file for _, file in files]),
+        "warnings": [
+            *_warnings(counts, template, [file for _, file in files]),
+            *_row_warnings(counts, tokenizer.context, options, [file for _, file in files]),
+            *_overlap_warnings(same, asked, first, train),
+        ],
     }
 
 
@@ -199,7 +240,7 @@ def write_card(out: Path, card: dict[str, Any]) -> dict[str, str]:
     return {name: str(out.with_name(path).resolve()) for name, path in paths.items()}
 
 
-def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Sequence[RowFile]) -> list[str]:
+def _warnings(counts: Counts, template: BoundTemplate, files: Sequence[RowFile]) -> list[str]:
     warnings = list(counts.remarks)
     if template.asks_for_date:
         warnings.append(
@@ -233,7 +274,8 @@ def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Seque
             f"{counted(counts.unknown, 'row')} with characters that the tokenizer's vocabulary lacks, so the model does not "
             "see them"
         )
-    if duplicates := counts.duplicates():
+    duplicates = counts.duplicates()
+    if duplicates and REPEATS not in counts.dropped:
         warnings.append(
             f"{duplicates:,} of {counted(len(counts.keys) // 8, 'chat')} repeat another one word for word"
         )
@@ -243,24 +285,45 @@ def _warnings(counts: Counts, template: BoundTemplate, model: Path, files: Seque
         warnings.append(
             "sftd does not use " + ", ".join(shown) + (f" and {counted(more, 'more field')}" if more else "")
         )
+    if weighted := sum(file.weighted for file in files):
+        warnings.append(
+            f"{counted(weighted, 'row')} with weights other than 0 and 1: the column loss_weights has the weight of each token"
+        )
     if marked := counts.dropped.get(NOT_TRAINED):
         warnings.append(f"{counted(marked, 'row')} marked as not trained: left out")
-    if counts.leaked:
-        warnings.append(
-            f"{counted(counts.leaked, 'training row')} with a chat that is also in the validation split"
-        )
-    context, longest = _context_length(model), max(file.longest for file in files)
-    if context is not None and longest > context:
-        warnings.append(
-            f"the longest row has {longest} tokens, but the model was trained with a context of {context}"
-        )
+    for reason, does in ((REPEATS, "repeat an earlier one"), (OVERLAPS, "are in the validation data")):
+        if left_out := counts.dropped.get(reason):
+            warnings.append(f"{left_out:,} of the training chats {does}: left out")
     return warnings
 
 
-def _context_length(model: Path) -> int | None:
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # only the tokenizer is needed here; the training run checks the model
-    length = config.get("max_position_embeddings")
-    return length if isinstance(length, int) else None
+def _row_warnings(
+    counts: Counts, context: int | None, options: TokenizeOptions, files: Sequence[RowFile]
+) -> Iterator[str]:
+    longest = max(file.longest for file in files)
+    if context is not None and longest > context:
+        yield (
+            f"the longest row has {longest} tokens, but the model was trained with a context of {context}"
+            + (
+                f"; {_first(counts.over_long, counts.places['over_long'])}"
+                if options.max_length is None
+                else ""
+            )
+        )
+    # Where most answers are short, as in multiple choice, they are meant to be.
+    if 0 < counts.near_empty < sum(file.rows for file in files) / 2:
+        shown = _first(counts.near_empty, counts.places["near_empty"])
+        yield f"fewer than {NEAR_EMPTY} trained tokens: {shown}"
+
+
+def _first(rows: int, places: Sequence[str]) -> str:
+    return f"{counted(rows, 'row')}, {'such as ' if rows > len(places) else ''}{'; '.join(places)}"
+
+
+def _overlap_warnings(same: int, asked: int, first: Sequence[int], train: RowFile) -> Iterator[str]:
+    rows = f"; the first (from 0) in {train.path.name}: {', '.join(map(str, first))}"
+    if same:
+        more = f", and {asked:,} with its user messages" if asked else ""
+        yield f"{counted(same, 'training row')} with a chat that is also in the validation data{more}{rows}"
+    elif asked:
+        yield f"{counted(asked, 'training row')} with the user messages of a chat in the validation data{rows}"

@@ -22,6 +22,8 @@ _COLUMNS = pa.schema(
         ("labels", pa.list_(pa.int32())),
     ]
 )
+# A further column of files with weights other than 0 and 1: of each token's loss, 0 where it is not trained.
+_WEIGHTS = pa.field("loss_weights", pa.list_(pa.float32()))
 _ROW_GROUP_ROWS = 1000
 # Upper bounds of the length classes in the card.
 LENGTHS = tuple(2**n for n in range(4, 22))
@@ -33,7 +35,7 @@ class RowFile:
     def __init__(self, path: Path, metadata: bytes) -> None:
         self.path = path
         self.rows = self.tokens = self.trained_tokens = self.longest = 0
-        self.truncated = self.cut_tokens = self.cut_trained_tokens = 0
+        self.truncated = self.cut_tokens = self.cut_trained_tokens = self.weighted = 0
         self._lengths = [0] * (len(LENGTHS) + 1)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = path.with_name(path.name + ".partial")
@@ -51,6 +53,7 @@ class RowFile:
         self.truncated += row.cut > 0
         self.cut_tokens += row.cut
         self.cut_trained_tokens += row.cut_trained
+        self.weighted += row.weights is not None
         self._lengths[int(np.searchsorted(LENGTHS, length))] += 1
         self._pending.append(row)
         if len(self._pending) == _ROW_GROUP_ROWS:
@@ -92,14 +95,35 @@ class RowFile:
 
     def _write_row_group(self) -> None:
         rows, self._pending = self._pending, []
+        if self.weighted and _WEIGHTS.name not in self._schema.names:
+            self._add_weights()
         ends = np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int32)
-        values = (
-            np.concatenate([row.input_ids for row in rows]),
-            np.ones(ends[-1], np.int8),
-            np.concatenate([row.labels for row in rows]),
-        )
+        labels = np.concatenate([row.labels for row in rows])
+        values = [np.concatenate([row.input_ids for row in rows]), np.ones(ends[-1], np.int8), labels]
+        if _WEIGHTS.name in self._schema.names:
+            given = [np.ones(len(r.labels), np.float32) if r.weights is None else r.weights for r in rows]
+            values.append(np.where(labels == IGNORE_INDEX, np.float32(0), np.concatenate(given)))
         arrays = [pa.ListArray.from_arrays(pa.array(ends), pa.array(column)) for column in values]
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+
+    def _add_weights(self) -> None:
+        """Write the file again with a column of weights, 1 for the trained tokens so far."""
+        self._writer.close()
+        written = self._partial.with_name(self._partial.name + ".unweighted")
+        self._partial.replace(written)
+        self._schema = self._schema.append(_WEIGHTS)
+        self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
+        try:
+            with pq.ParquetFile(written) as file:
+                for number in range(file.num_row_groups):
+                    table = file.read_row_group(number).combine_chunks()
+                    labels = table["labels"].chunk(0)
+                    ones = (labels.values.to_numpy() != IGNORE_INDEX).astype(np.float32)
+                    weights = pa.ListArray.from_arrays(labels.offsets, pa.array(ones))
+                    arrays = [*(column.chunk(0) for column in table.columns), weights]
+                    self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        finally:
+            written.unlink()
 
 
 class Spool:
@@ -109,7 +133,9 @@ class Spool:
         [
             ("input_ids", pa.list_(pa.int32())),
             ("labels", pa.list_(pa.int32())),
-            ("key", pa.binary(8)),
+            ("weights", pa.list_(pa.float32())),
+            *((name, pa.binary(8)) for name in ("key", "loose", "prompt")),
+            ("place", pa.string()),
             ("cut", pa.int64()),
             ("cut_trained", pa.int64()),
         ]
@@ -136,9 +162,11 @@ class Spool:
             for batch in reader:
                 columns = {name: batch.column(name) for name in batch.schema.names}
                 for n in range(batch.num_rows):
-                    ids, labels = (columns[name][n].values.to_numpy() for name in ("input_ids", "labels"))
-                    key, cut, lost = (columns[name][n].as_py() for name in ("key", "cut", "cut_trained"))
-                    yield Row(ids, labels, key, cut, lost)
+                    cells = {name: column[n] for name, column in columns.items()}
+                    lists = {name: cells.pop(name).values for name in ("input_ids", "labels", "weights")}
+                    fields: dict[str, Any] = {name: cell.as_py() for name, cell in cells.items()}
+                    fields |= {name: v if v is None else v.to_numpy() for name, v in lists.items()}
+                    yield Row(**fields)
 
     def discard(self) -> None:
         """Remove the file."""

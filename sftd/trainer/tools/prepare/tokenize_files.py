@@ -12,6 +12,7 @@ import msgspec
 from sftd.trainer.chat.errors import PrepareError
 from sftd.trainer.chat.tokenizer import tokenizer_digest
 from sftd.trainer.tools.prepare.card import Counts, make_card, write_card
+from sftd.trainer.tools.prepare.overlap import OVERLAPS, REPEATS, Overlap, Repeats, hold_out_files
 from sftd.trainer.tools.prepare.row_file import RowFile, Spool
 from sftd.trainer.tools.prepare.sources.chat_files import ChatSource, open_source, pieces
 from sftd.trainer.tools.prepare.sources.dataset_folder import expand
@@ -36,6 +37,8 @@ class _Job:
     train: RowFile
     val: RowFile | None
     spool: Spool | None
+    overlap: Overlap
+    repeats: Repeats | None
     counts: Counts = field(default_factory=Counts)
 
 
@@ -66,7 +69,9 @@ def tokenize_files(
             raise PrepareError(
                 f"The split {options.val_split!r} is trained on and validated on. Choose another with --split or --val-split."
             )
-    _refuse_overwriting(out, options, opened + held_out)
+    overlap = Overlap()
+    against = hold_out_files(overlap, options.against, options.row_keys)
+    _refuse_overwriting(out, options, opened + held_out + against)
     tokenizer = PieceTokenizer(model, options)
     metadata = _metadata(tokenizer, opened, held_out, options)
     with contextlib.ExitStack() as stack:
@@ -79,7 +84,8 @@ def tokenize_files(
         if options.val_rows is not None:
             spool = Spool(out.with_name(out.name + ".spool.partial"))
             stack.callback(spool.discard)
-        job = _Job(opened, held_out, tokenizer, model, options, events, train, val, spool)
+        repeats = Repeats() if options.dedupe else None
+        job = _Job(opened, held_out, tokenizer, model, options, events, train, val, spool, overlap, repeats)
         job.counts.remarks += remarks
         _write_rows(job)
         for file in (train, val):
@@ -87,7 +93,9 @@ def tokenize_files(
                 file.close()
                 _refuse_empty(file, job)
         published = [file.publish() for file in (train, val) if file is not None]
-    card = make_card(tokenizer, model, opened, held_out, options, train, val, published, job.counts)
+    card = make_card(
+        tokenizer, model, opened, held_out, options, train, val, published, job.counts, against, overlap
+    )
     return published[0] | {
         "val": published[1] if val is not None else None,
         "truncated": job.counts.truncated,
@@ -104,31 +112,45 @@ def _write_rows(job: _Job) -> None:
     seen = 0
     total = sum(source.rows for source in job.sources + job.held_out)
     keys = SmallestKeys(job.options.val_rows) if job.options.val_rows is not None else None
-    held_out: set[bytes] = set()
-    # The held-out rows come first, so that chats in both splits are found while the others are written.
+    # The held-out rows come first, so that training rows can be compared with them.
     for is_held_out, sources in ((True, job.held_out), (False, job.sources)):
         for rows, count in _tokenized(job, sources):
-            for row in rows:
+            kept = [row for row in rows if not _left_out(job, job.repeats, row, REPEATS)]
+            for row in kept:
                 if is_held_out:
-                    held_out.add(row.key)
                     _append(job, row, to_val=True)
-                elif job.spool is not None and keys is not None:
+                elif keys is not None:
                     keys.add(row.key)
                 else:
-                    job.counts.leaked += row.key in held_out
                     _append(job, row, to_val=fraction(row.key) < (job.options.val_fraction or 0.0))
             if job.spool is not None:
-                job.spool.append(rows)
+                job.spool.append(kept)
             seen += count
             job.events.progress("tokenize", rows=seen, total=total)
     if job.spool is not None and keys is not None:
-        for row in job.spool.rows():
-            _append(job, row, to_val=row.key in keys)
+        for to_val in (True, False) if job.options.drop_overlap else (None,):
+            for row in job.spool.rows():
+                if to_val is None or to_val == (row.key in keys):
+                    _append(job, row, to_val=row.key in keys)
 
 
 def _append(job: _Job, row: Row, *, to_val: bool) -> None:
+    if to_val and job.val is not None:
+        job.overlap.hold_out(row.loose, row.prompt)
+        job.val.append(row)
+    elif not _left_out(job, job.overlap if job.options.drop_overlap else None, row, OVERLAPS):
+        job.overlap.train(row)
+        job.train.append(row)
+    else:
+        return
     job.counts.truncated += row.cut > 0
-    (job.val if to_val and job.val is not None else job.train).append(row)
+
+
+def _left_out(job: _Job, known: Repeats | Overlap | None, row: Row, reason: str) -> bool:
+    if known is None or row not in known:
+        return False
+    job.counts.dropped[reason] = job.counts.dropped.get(reason, 0) + 1
+    return True
 
 
 def _tokenized(job: _Job, sources: Sequence[ChatSource]) -> Iterator[tuple[list[Row], int]]:
@@ -196,6 +218,11 @@ def _checked(sources: Sequence[Path], out: Path, options: TokenizeOptions) -> To
         raise PrepareError(
             "A named validation split needs a data set folder, but none of the sources is a folder."
         )
+    if options.drop_overlap and options.val_fraction is not None:
+        raise PrepareError(
+            "A fraction for validation is chosen while training rows are written, so these cannot be compared with it. "
+            "Use a number of rows."
+        )
     if options.workers is not None and options.workers < 1:
         raise PrepareError(f"{options.workers} workers are too few; there must be at least 1.")
     return options
@@ -226,7 +253,7 @@ def _refuse_empty(file: RowFile, job: _Job) -> None:
             f"No chat fell into the validation fraction of {options.val_fraction}. Increase it, or give more chats."
         )
     reason = "the sources hold no chats"
-    if job.val is not None and job.val.rows and not job.held_out:
+    if job.val is not None and job.val.rows and not job.held_out and OVERLAPS not in counts.dropped:
         reason = "all chats fell into the validation " + (
             f"fraction of {options.val_fraction}"
             if options.val_rows is None

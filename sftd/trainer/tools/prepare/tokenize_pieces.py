@@ -25,6 +25,8 @@ Truncation = Literal["right", "left", "error", "drop"]
 # Size of the cache of maskers for rows with their own template variables.
 _MASKERS = 16
 NOT_TRAINED = "the row is marked as not trained"
+# A row that trains fewer tokens, stop token included, is near-empty.
+NEAR_EMPTY = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class TokenizeOptions:
     (`left`), fail (`error`), or leave the chat out (`drop`). `val_out` gets `val_fraction` (0 to 1) of the chats or
     `val_rows` rows, chosen by a hash of the chat, so that no chat is in both files, or else `val_split` of the data set
     folders. `rewritten`: treatment of answers that the template rewrites when other turns follow. `skip_bad_rows`: leave
-    unusable rows out and count them. `template_args`, `template_text`, `template_name` and `date`: see `ChatTemplate`.
+    unusable rows out and count them. `dedupe`: leave out chats that repeat an earlier one in all but case and whitespace.
+    `against`: files of validation chats or questions, to compare with. `drop_overlap`: leave out training rows that the
+    validation data has. `template_args`, `template_text`, `template_name` and `date`: see `ChatTemplate`.
     """
 
     max_length: int | None = None
@@ -50,6 +54,9 @@ class TokenizeOptions:
     val_out: Path | None = None
     rewritten: Rewritten = "refuse"
     skip_bad_rows: bool = False
+    dedupe: bool = False
+    against: tuple[Path, ...] = ()
+    drop_overlap: bool = False
     template_args: Mapping[str, Any] = field(default_factory=dict)
     template_text: str | None = None
     template_name: str | None = None
@@ -77,20 +84,36 @@ class TokenizeOptions:
 class Row:
     """One row to write: `input_ids` and unshifted `labels` (int32), and the 8-byte key that determines its split.
 
-    `cut`: number of tokens cut from its chat. `cut_trained`: number of trained ones among them.
+    `weights`: of the loss of each trained token (float32); None if all are 1. `loose`, `prompt`: keys of
+    its chat (see `Conversation`). `place`: of its chat. `cut`: number of tokens cut from its chat. `cut_trained`: number of trained ones among them.
     """
 
     input_ids: Any
     labels: Any
+    weights: Any
     key: bytes
+    loose: bytes
+    prompt: bytes
+    place: str
     cut: int
     cut_trained: int
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """What the rows of a chat share: see `Row`. `weight`: of the chat's loss."""
+
+    key: bytes
+    loose: bytes
+    prompt: bytes
+    weight: float = 1.0
 
 
 @dataclass
 class Done:
     """A piece's rows in order, and counts of the others. `rejected`: (place, reason). `dropped`: reason → chats. `unused`:
-    unused field or mark → chats. `keys`: 8 bytes for each chat."""
+    unused field or mark → chats. `keys`: 8 bytes for each chat. `near_empty`, `over_long`: places
+    of rows that train fewer than `NEAR_EMPTY` tokens, and of those longer than `max_length`, by default the model's context."""
 
     rows: list[Row] = field(default_factory=list)
     chats: int = 0
@@ -107,10 +130,12 @@ class Done:
     shapes: dict[str, int] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
     keys: bytearray = field(default_factory=bytearray)
+    near_empty: list[str] = field(default_factory=list)
+    over_long: list[str] = field(default_factory=list)
 
 
 class PieceTokenizer:
-    """Tokenises pieces with the tokenizer of one model folder."""
+    """Tokenises pieces with the tokenizer of one model folder. `context`: of the model, in tokens; None if unknown."""
 
     def __init__(self, model: Path, options: TokenizeOptions) -> None:
         self._options = options
@@ -118,13 +143,15 @@ class PieceTokenizer:
         self._stop_ids = stop_token_ids(self.tokenizer, model)
         self.masker = ChatMasker(self.tokenizer, self._stop_ids, options.chat_template)
         check_template(self.masker.template, model, self.tokenizer)
+        self.context = _context_length(model)
+        self._limit = options.max_length or self.context
         self._maskers: dict[str, ChatMasker] = {}
         self._words: dict[str, bool] = {}
 
     def __call__(self, piece: Piece) -> Done:
         """Tokenise one piece. Raises PrepareError at the first unusable row, unless `skip_bad_rows` is set."""
         options, done = self._options, Done()
-        rendered: list[tuple[str, bytes, RenderedChat]] = []
+        rendered: list[tuple[str, _Chat, RenderedChat]] = []
         for place, row in rows_of(piece):
             done.seen += 1
             try:
@@ -132,7 +159,7 @@ class PieceTokenizer:
                     raise row
                 chat = conversation(row, options.row_keys)
                 texts = self._masker(chat).rows(chat.messages, chat.tools, options.rewritten)
-                key = chat.key()
+                made = _Chat(chat.key(), chat.loose_key(), chat.prompt_key(), chat.weight)
                 special = self.masker.holds_special(chat.messages, chat.tools)
             except (ChatError, RecursionError) as error:
                 why = str(error) if isinstance(error, ChatError) else "it is nested too deeply"
@@ -140,11 +167,11 @@ class PieceTokenizer:
                     raise PrepareError(f"{place}: {why}. (--skip-bad-rows leaves such rows out.)") from error
                 done.rejected.append((place, why))
                 continue
-            if not chat.is_trained:
+            if not chat.weight:
                 done.dropped[NOT_TRAINED] = done.dropped.get(NOT_TRAINED, 0) + 1
                 continue
             done.chats += 1
-            done.keys += key
+            done.keys += made.key
             for name in self._unused(chat, piece.unread):
                 done.unused[name] = done.unused.get(name, 0) + 1
             done.special += special
@@ -155,18 +182,23 @@ class PieceTokenizer:
             ):
                 if kind is not None:
                     counts[kind] = counts.get(kind, 0) + 1
-            rendered += [(place, key, text) for text in texts]
-        masked = self.masker.encode([text for _, _, text in rendered])
-        for (place, key, text), whole in zip(rendered, masked, strict=True):
+            rendered += [(place, made, text) for text in texts]
+        masked = self.masker.encode([text for *_, text in rendered])
+        for (place, made, text), whole in zip(rendered, masked, strict=True):
             done.unstopped += whole.unstopped
             done.unknown += whole.loses
             done.as_shown += text.as_shown
             done.rewritten += text.rewritten
+            if self._limit is not None and len(whole.input_ids) > self._limit:
+                done.over_long.append(place)
             kept = _fit(whole, place, options)
             if isinstance(kept, str):
                 done.dropped[kept] = done.dropped.get(kept, 0) + 1
             else:
-                done.rows.append(_row(whole, kept, key))
+                row = _row(whole, kept, place, made)
+                done.rows.append(row)
+                if (targets(row.labels) != IGNORE_INDEX).sum() < NEAR_EMPTY:
+                    done.near_empty.append(place)
         return done
 
     def _masker(self, chat: Conversation) -> ChatMasker:
@@ -205,12 +237,25 @@ class PieceTokenizer:
         return self._words[name]
 
 
-def _row(whole: MaskedChat, kept: slice, key: bytes) -> Row:
+def _context_length(model: Path) -> int | None:
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # only the tokenizer is needed here; the training run checks the model
+    length = config.get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
+def _row(whole: MaskedChat, kept: slice, place: str, chat: _Chat) -> Row:
     ids = np.asarray(whole.input_ids, np.int32)
     labels = np.asarray(whole.labels, np.int32)
     left = labels[kept]
+    weights = None
+    if whole.weights is not None or chat.weight != 1:
+        weights = np.float32(chat.weight) * np.asarray(whole.weights or [1.0] * len(ids), np.float32)[kept]
     trained, still = (int((targets(part) != IGNORE_INDEX).sum()) for part in (labels, left))
-    return Row(ids[kept], left, key, len(labels) - len(left), trained - still)
+    cut = len(labels) - len(left)
+    return Row(ids[kept], left, weights, chat.key, chat.loose, chat.prompt, place, cut, trained - still)
 
 
 def _fit(chat: MaskedChat, place: str, options: TokenizeOptions) -> slice | str:

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import lzma
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +20,25 @@ _FORMATS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_PACKED = (".zst", ".lz4", ".zip")
-READ = ".jsonl, .json, .csv, .tsv (also with .gz, .bz2, .xz), .parquet, .arrow"
+READ = ".jsonl, .json, .csv, .tsv (also with .gz, .bz2, .xz, .zst, .lz4), .parquet, .arrow"
+
+
+def _open_arrows(path: Path, _: str) -> io.BufferedReader:
+    """A file in a compression that Arrow knows and Python's library lacks."""
+    import pyarrow as pa
+
+    codec = "zstd" if path.suffix.lower() == ".zst" else "lz4"
+    stream: Any = pa.CompressedInputStream(pa.OSFile(str(path)), codec)
+    return io.BufferedReader(stream)
+
+
+_COMPRESSIONS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_arrows,
+    ".lz4": _open_arrows,
+}
 
 
 @dataclass(frozen=True)
@@ -37,14 +54,14 @@ class FileKind:
 def kind_of(path: Path) -> FileKind | None:
     """The kind of a chat file by its suffix, in any case; None for another name."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in (*_COMPRESSIONS, *_PACKED) else ""
+    packed = suffixes.pop() if suffixes and suffixes[-1] in (*_COMPRESSIONS, ".zip") else ""
     found = suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
     if found is None:
         # An archive that may hold chat files.
         return FileKind("", ".zip", "unpack it") if packed == ".zip" else None
     form = _FORMATS[found]
-    if packed in _PACKED or (packed and form in ("parquet", "arrow")):
-        return FileKind(form, found, "decompress it")
+    if packed == ".zip" or (packed and form in ("parquet", "arrow")):
+        return FileKind(form, found, "unpack it" if packed == ".zip" else "decompress it")
     return FileKind(form, found)
 
 

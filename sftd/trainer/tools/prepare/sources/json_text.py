@@ -11,6 +11,8 @@ from sftd.trainer.chat.errors import PrepareError
 from sftd.trainer.tools.prepare.sources.file_kinds import open_bytes
 
 _BLOCK = 1 << 20
+# A longer first line that opens an array is not a row: the whole array is on that line.
+_LONGEST_ROW = 1 << 24
 # Endings of a line of indented JSON that is not a row by itself.
 _OPEN_ENDS = (b"{", b"[", b",")
 
@@ -23,14 +25,19 @@ def has_a_row_a_line(path: Path) -> bool:
             if not (start := stream.read(1)):
                 return True
         start = start.lstrip()
-        if not start.startswith(b"{"):
-            return not start.startswith(b"[")
-        first = (start if start.endswith(b"\n") else start + stream.readline()).strip()
-        is_one = not stream.read(1)
+        if not start.startswith((b"{", b"[")):
+            return True
+        is_array = start.startswith(b"[")
+        limit = _LONGEST_ROW if is_array else -1
+        first = (start if start.endswith(b"\n") else start + stream.readline(limit)).strip()
+        # A first line with an array is a row, a list of messages, if other rows follow.
+        if is_array and not (stream.read(_BLOCK).strip() and first.endswith(b"]")):
+            return False
+        is_one = not is_array and not stream.read(1)
     try:
         json.loads(first)
     except (ValueError, RecursionError):
-        return is_one or not first.endswith(_OPEN_ENDS)
+        return not is_array and (is_one or not first.endswith(_OPEN_ENDS))
     return True
 
 

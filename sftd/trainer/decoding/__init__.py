@@ -1,0 +1,1 @@
+"""Answers of many prompts at once, and the likelihoods of given answers."""

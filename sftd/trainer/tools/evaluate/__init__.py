@@ -1,0 +1,1 @@
+"""Runs an evaluation of a checkpoint: `python -m sftd.trainer.tools.evaluate`."""
