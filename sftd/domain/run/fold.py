@@ -13,9 +13,10 @@ from sftd.domain.errors import UnknownEvent
 from sftd.domain.log import events as e
 from sftd.domain.log.codec import json_float
 from sftd.domain.log.timeline import order_after_skip
-from sftd.domain.run import exactness, fold_evaluations
-from sftd.domain.run.fold_files import FILES
-from sftd.domain.run.fold_stops import HALTS, NO_STOP
+from sftd.domain.run import early_stop, exactness
+from sftd.domain.run.folds import evaluations
+from sftd.domain.run.folds.files import FILES
+from sftd.domain.run.folds.stops import HALTS, NO_STOP
 from sftd.domain.run.state import CheckpointInfo, ForkPoint, Replay, Run, Saving, Status, Validation
 from sftd.domain.spec.spec import OrderStart, Spec
 
@@ -136,6 +137,7 @@ def _(event: e.AttemptClaimed, run: Run, recorded: e.Recorded) -> Run:
         ended_at=None,
         cause=None,
         message=None,
+        stopped_early=None,
     )
 
 
@@ -180,7 +182,7 @@ def _rewind(run: Run, step: int) -> Run:
         checkpoints=tuple(
             _set(c, superseded=c.step > step) if c.step >= step else c for c in run.checkpoints
         ),
-        evaluations=fold_evaluations.up_to(run, step),
+        evaluations=evaluations.up_to(run, step),
     )
 
 
@@ -266,7 +268,7 @@ def _(event: e.CheckpointPublished, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
         checkpoints=tuple(sorted((*others, info), key=lambda c: c.step)),
-        evaluations=fold_evaluations.due(run, event.step, event.manifest_digest, recorded.occurred_at),
+        evaluations=evaluations.due(run, event.step, event.manifest_digest, recorded.occurred_at),
         rejected_pins=pins,
         attempt_progressed=run.attempt_progressed
         or event.step > run.attempt_base
@@ -280,7 +282,7 @@ def _(event: e.CheckpointRejected, run: Run, recorded: e.Recorded) -> Run:
     return _set(
         run,
         checkpoints=tuple(c for c in run.checkpoints if c.step != event.step),
-        evaluations=fold_evaluations.without(run, event.step),
+        evaluations=evaluations.without(run, event.step),
         rejected_pins=run.rejected_pins | pins,
         # Counts as progress: the next attempt starts from another checkpoint, and there is a finite number of them.
         attempt_progressed=run.attempt_progressed or any(c.step == event.step for c in run.checkpoints),
@@ -313,8 +315,15 @@ def _(event: e.ReplayDiverged, run: Run, recorded: e.Recorded) -> Run:
     return _set(run, last_replay=Replay(event.from_step, event.to_step, event.step, recorded.occurred_at))
 
 
+@_apply.register(e.StoppedEarly)
+def _(event: e.StoppedEarly, run: Run, recorded: e.Recorded) -> Run:
+    return _set(run, stopped_early=event)
+
+
 @_apply.register(e.ResumeRequested)
 def _(event: e.ResumeRequested, run: Run, recorded: e.Recorded) -> Run:
+    begin = run.step if event.from_step is None else event.from_step
+    run = _set(run, stopped_early=None, patience_from=early_stop.counts_from(run, begin))
     if event.spec is not None:
         run = _set(
             run,
@@ -364,7 +373,8 @@ def _ended(run: Run, status: Status, recorded: e.Recorded) -> Run:
 
 @_apply.register(e.RunSucceeded)
 def _(event: e.RunSucceeded, run: Run, recorded: e.Recorded) -> Run:
-    return _set(_ended(run, "succeeded", recorded), cause=None, message=None)
+    cause = "stopped early" if event.reason else None
+    return _set(_ended(run, "succeeded", recorded), cause=cause, message=event.reason or None)
 
 
 @_apply.register(e.RunFailed)
@@ -377,5 +387,5 @@ def _(event: e.RunCancelled, run: Run, recorded: e.Recorded) -> Run:
     return _ended(run, "cancelled", recorded)
 
 
-for _type, _fold in (HALTS | FILES | fold_evaluations.EVALUATIONS).items():
+for _type, _fold in (HALTS | FILES | evaluations.EVALUATIONS).items():
     _apply.register(_type, _fold)

@@ -29,13 +29,13 @@ _DERIVED = ("training.gradient_accumulation_steps",)
 
 
 def flatten(spec: Spec) -> dict[str, Any]:
-    """Dotted key → value. Lists and `model.override_config` are values."""
+    """Dotted key → value. Lists and mappings, such as `trainer.early_stop`, are values."""
     flat: dict[str, Any] = {}
 
     def walk(section: msgspec.Struct, prefix: str) -> None:
         for name in section.__struct_fields__:
             value = getattr(section, name)
-            if isinstance(value, msgspec.Struct):
+            if isinstance(value, msgspec.Struct) and prefix + name not in LEAVES:
                 walk(value, f"{prefix}{name}.")
             else:
                 flat[prefix + name] = value

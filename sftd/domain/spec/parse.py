@@ -24,11 +24,9 @@ def _struct_type(annotation: Any) -> type[Section] | None:
 
 
 def entry_types(annotation: Any) -> list[type[Section]]:
-    """The types of the entries of a key whose value is a list of mappings; empty for other keys."""
+    """The types of the mappings that a key's value is, or of those in its list; empty for other keys."""
     bare = annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
-    if get_origin(bare) is not list:
-        return []
-    (item,) = get_args(bare)
+    item = get_args(bare)[0] if get_origin(bare) is list else bare
     return [found for kind in get_args(item) or (item,) if (found := _struct_type(kind))]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from sftd.domain.log import events as e
-from sftd.domain.run.fold_evaluations import without
+from sftd.domain.run.folds.evaluations import without
 from sftd.domain.run.state import Run
 
 _set = msgspec.structs.replace

@@ -1,0 +1,1 @@
+"""The fold, by feature: evaluations, files, stops."""
