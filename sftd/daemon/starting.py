@@ -184,6 +184,7 @@ class Starter:
             model=claimed.model,
             model_root=self._settings.home,
             losses=attempts.losses_before(self._store, run.run_id, claimed.start.from_step),
+            patience=attempts.patience_before(self._store, run, claimed.start.from_step),
         )
         need, devices = self._inventory.take(run.run_id, run.spec)
         try:

@@ -162,6 +162,15 @@ def _wait_until_alone(settings: Settings, store: Store) -> None:
         time.sleep(settings.poll_seconds)
 
 
+def set_on_signals() -> threading.Event:
+    """An event that SIGTERM and SIGINT set."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # In a thread: `set` takes a lock, which the interrupted main thread may hold on its way into `wait`.
+        signal.signal(number, lambda *_: _thread.start_new_thread(stop.set, ()))
+    return stop
+
+
 def run_daemon(settings: Settings, *, drain: bool) -> None:
     """Run the daemon in this process until it is stopped; with `drain`, until the queue is empty."""
     from sftd.daemon import log
@@ -177,10 +186,7 @@ def run_daemon(settings: Settings, *, drain: bool) -> None:
     # New files are private, those of MLflow too.
     os.umask(0o077)
     log.set_up(settings.log_format)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # In a thread: `set` takes a lock, which the interrupted main thread may hold on its way into `wait`.
-        signal.signal(number, lambda *_: _thread.start_new_thread(stop.set, ()))
+    stop = set_on_signals()
     # Fail before taking over runs: a daemon that sees no GPUs would train on CPUs.
     gpus = visible_gpus()
     with DaemonLock(settings.daemon_lock):

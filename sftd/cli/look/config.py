@@ -112,11 +112,11 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(a) for a in get_args(annotation))
     if annotation is type(None):
         return "null"
-    if entry_types(annotation):
+    if origin is list and entry_types(annotation):
         return "list of mappings"
     if origin is list:
         return f"list of {_type(get_args(annotation)[0])}"
-    if origin is dict:
+    if origin is dict or entry_types(annotation):
         return "mapping"
     if values := get_args(annotation):
         return " | ".join(map(str, values))

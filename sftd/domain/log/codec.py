@@ -32,6 +32,7 @@ UPCASTS: dict[tuple[str, int], Callable[[Payload], Payload]] = {
         payload | {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None}
     ),
     ("ModelLoaded", 1): lambda payload: payload | {"trained_parameters": None},
+    ("RunSucceeded", 1): lambda payload: payload | {"reason": ""},
     ("RunForked", 1): lambda payload: payload | {"mixture": None},
     ("AttemptPreempted", 1): lambda payload: payload | {"reason": ""},
 }

@@ -120,6 +120,7 @@ def _belongs(event: e.Event, step: int) -> bool:
     kinds = (
         e.ValidationCompleted,
         e.SampleGenerated,
+        e.StoppedEarly,
         e.CheckpointStarted,
         e.CheckpointPublished,
         e.AnomalyDetected,

@@ -8,7 +8,7 @@ from sftd.domain.model.parameters import trained_parameters, whole_model
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.plan.duration import save_steps
 from sftd.domain.plan.sizes import SAVE_HEADROOM, WEIGHT_BYTES, checkpoint_bytes
-from sftd.domain.spec.retention import kept_by_rules
+from sftd.domain.spec.retention import best_rule, kept_by_rules
 from sftd.domain.spec.spec import Spec
 
 
@@ -50,7 +50,9 @@ def storage(spec: Spec, shape: ModelShape, planned_steps: int, dtype: str, first
     def count(saved: list[int]) -> tuple[int, int]:
         """(number kept by rules other than `keep_best`, number kept in total if the best are other checkpoints)."""
         stays = sum(map(bool, kept_by_rules(spec.checkpoint, saved, [], planned_steps).values()))
-        best = spec.checkpoint.keep_best if spec.data.all_val_files else 0
+        rule = best_rule(spec.checkpoint)
+        is_measured = rule is not None and (rule.metric != "val_loss" or spec.data.all_val_files)
+        best = rule.count if rule is not None and is_measured else 0
         return stays, stays + min(best, len(saved) - stays)
 
     stays, kept = count(steps)

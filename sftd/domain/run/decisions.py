@@ -13,6 +13,7 @@ from sftd.domain.queue.order import MAX_BACKOFF_SECONDS
 from sftd.domain.run import stops, trajectory
 from sftd.domain.run.failures import NOT_RETRIED, Failure, Interruption
 from sftd.domain.run.state import ACTIVE, ENDED, WAITING, CheckpointInfo, Run
+from sftd.domain.run.success import shortfall, success
 from sftd.domain.spec.on_resume import OnResume
 from sftd.domain.spec.spec import Spec, spec_digest
 
@@ -84,7 +85,12 @@ def request_resume(
     if new and (problems := other_run(run, new)):
         problems[-1] = msgspec.structs.replace(problems[-1], fix=f"fork the run instead: {instead}")
         raise Refused(problems)
-    if from_step is None and run.status == "succeeded" and planned == run.planned_steps:
+    if (
+        from_step is None
+        and run.status == "succeeded"
+        and planned == run.planned_steps
+        and not run.stopped_early
+    ):
         fix = f"train more with trainer.max_steps=N, or redo steps with --from-step ({_steps(run)})"
         raise Refused(Problem(run.run_id, "has succeeded: no steps are left", fix))
     start = _resume_start(run, from_step)
@@ -293,17 +299,6 @@ def claim(run: Run, daemon: str, host: str) -> e.AttemptClaimed:
     )
 
 
-def shortfall(run: Run) -> str | None:
-    """What is missing for success: planned steps, counted tokens or the final checkpoint. None if nothing is missing."""
-    if run.step != run.planned_steps:
-        return f"{run.step} of {run.planned_steps} planned steps are in the log"
-    if run.tokens_counted != run.tokens_reported:
-        return f"the log's steps sum to {run.tokens_counted} trained tokens, but the trainer counted {run.tokens_reported}"
-    if not any(c.step == run.planned_steps and not c.superseded for c in run.checkpoints):
-        return "the final checkpoint was not published"
-    return None
-
-
 def end_attempt(
     run: Run,
     *,
@@ -321,7 +316,7 @@ def end_attempt(
     """
     missing = shortfall(run)
     if missing is None:
-        return [_success(run)]
+        return [success(run)]
     if run.stop_by is not None:
         return [stops.stopped(run, run.stop_by)]
     if interruption is not None:
@@ -360,7 +355,7 @@ def end_direct_attempt(
     """
     missing = shortfall(run)
     if missing is None:
-        return [_success(run)]
+        return [success(run)]
     if stopped_by is not None:
         stop = e.StopRequested(by=stopped_by, reason="the training command was interrupted")
         return [stop, e.RunCancelled(by=stopped_by)]
@@ -379,11 +374,6 @@ def _skipped(run: Run, failure: Failure) -> list[e.Event]:
     back = checkpoint.step if checkpoint else run.first_step
     reason = f"{failure.cause}: {failure.message}"
     return [e.SamplesSkipped(step=back, sample=run.sample_position(run.step), reason=reason)]
-
-
-def _success(run: Run) -> e.RunSucceeded:
-    final = next(c for c in run.checkpoints if c.step == run.planned_steps)
-    return e.RunSucceeded(steps=run.step, tokens=run.tokens_counted, final_checkpoint=final.path)
 
 
 def _attempt_ended(

@@ -13,7 +13,7 @@ from sftd.domain.errors import UnknownEvent
 from sftd.domain.log import events as e
 from sftd.domain.log.codec import json_float
 from sftd.domain.log.timeline import order_after_skip
-from sftd.domain.run import exactness
+from sftd.domain.run import early_stop, exactness
 from sftd.domain.run.folds import evaluations
 from sftd.domain.run.folds.files import FILES
 from sftd.domain.run.folds.stops import HALTS, NO_STOP
@@ -137,6 +137,7 @@ def _(event: e.AttemptClaimed, run: Run, recorded: e.Recorded) -> Run:
         ended_at=None,
         cause=None,
         message=None,
+        stopped_early=None,
     )
 
 
@@ -314,8 +315,15 @@ def _(event: e.ReplayDiverged, run: Run, recorded: e.Recorded) -> Run:
     return _set(run, last_replay=Replay(event.from_step, event.to_step, event.step, recorded.occurred_at))
 
 
+@_apply.register(e.StoppedEarly)
+def _(event: e.StoppedEarly, run: Run, recorded: e.Recorded) -> Run:
+    return _set(run, stopped_early=event)
+
+
 @_apply.register(e.ResumeRequested)
 def _(event: e.ResumeRequested, run: Run, recorded: e.Recorded) -> Run:
+    begin = run.step if event.from_step is None else event.from_step
+    run = _set(run, stopped_early=None, patience_from=early_stop.counts_from(run, begin))
     if event.spec is not None:
         run = _set(
             run,
@@ -365,7 +373,8 @@ def _ended(run: Run, status: Status, recorded: e.Recorded) -> Run:
 
 @_apply.register(e.RunSucceeded)
 def _(event: e.RunSucceeded, run: Run, recorded: e.Recorded) -> Run:
-    return _set(_ended(run, "succeeded", recorded), cause=None, message=None)
+    cause = "stopped early" if event.reason else None
+    return _set(_ended(run, "succeeded", recorded), cause=cause, message=event.reason or None)
 
 
 @_apply.register(e.RunFailed)

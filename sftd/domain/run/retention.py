@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from sftd.domain.run.early_stop import values_of
 from sftd.domain.run.state import CheckpointInfo, Run
-from sftd.domain.spec.retention import kept_by_rules
+from sftd.domain.spec.retention import best_rule, kept_by_rules
 
 
 def why_kept(run: Run) -> dict[int, list[str]]:
@@ -53,10 +54,13 @@ def reducible(run: Run) -> list[CheckpointInfo]:
 
 
 def _best(run: Run) -> list[int]:
-    """Steps of the timeline's checkpoints, the lowest validation loss first."""
-    scored = [
-        (c.val_loss, c.step) for c in run.checkpoints if isinstance(c.val_loss, float) and not c.superseded
-    ]
+    """Steps of the timeline's checkpoints, the best by `checkpoint.keep_best` first; of equal ones, the earlier."""
+    rule = best_rule(run.spec.checkpoint)
+    if rule is None:
+        return []
+    sign = -1.0 if rule.mode == "max" else 1.0
+    have = {c.step for c in run.checkpoints if not c.superseded}
+    scored = [(sign * value, step) for step, value in values_of(run, rule.metric) if step in have]
     return [step for _, step in sorted(scored)]
 
 

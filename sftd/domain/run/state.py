@@ -182,6 +182,10 @@ class Run(msgspec.Struct, frozen=True):
     last_replay: Replay | None = None
     # Of the timeline's checkpoints and of those that a user requested, by step and name.
     evaluations: tuple[EvaluationState, ...] = ()
+    # Why the trained steps are enough, until an attempt begins again.
+    stopped_early: e.StoppedEarly | None = None
+    # Values of a metric count for early stopping after this step: that of a resume after an early stop.
+    patience_from: int = -1
     # Values of the checkpoint being written: training may be further along when it is published.
     saving: Saving | None = None
     # Over all attempts.

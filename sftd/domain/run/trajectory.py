@@ -31,14 +31,14 @@ _ENTRIES = ("data.sources", "evaluation")
 
 
 def flatten(spec: Spec) -> dict[str, Any]:
-    """Dotted key → value. Lists and `model.override_config` are values. Entries with a name are their names in order, and their
-    keys as in `data.sources.NAME.weight`."""
+    """Dotted key → value. Lists and mappings, such as `trainer.early_stop`, are values. Entries with a name are their names in order,
+    and their keys as in `data.sources.NAME.weight`."""
     flat: dict[str, Any] = {}
 
     def walk(section: msgspec.Struct, prefix: str) -> None:
         for name in section.__struct_fields__:
             value = getattr(section, name)
-            if isinstance(value, msgspec.Struct):
+            if isinstance(value, msgspec.Struct) and prefix + name not in LEAVES:
                 walk(value, f"{prefix}{name}.")
             elif isinstance(value, list) and value and hasattr(value[0], "name"):
                 flat[prefix + name] = [entry.name for entry in value]

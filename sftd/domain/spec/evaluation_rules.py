@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from sftd.domain.errors import Problem
+from sftd.domain.errors import Problem, quote
 from sftd.domain.rules import Rules
+from sftd.domain.spec.evaluation_section import named
+from sftd.domain.spec.sections import EarlyStop, KeepBest
 from sftd.domain.spec.spec import Spec
+
+_VAL_FILES = "give data.val_files, or use a metric of an evaluation"
 
 
 def evaluations_of_one_name(spec: Spec) -> Iterator[Problem]:
@@ -41,6 +45,33 @@ def devices_of_one_process(spec: Spec) -> Iterator[Problem]:
             yield Problem(f"evaluation.{evaluation.name}.devices", what, "leave it out")
 
 
+def unknown_metric(spec: Spec) -> Iterator[Problem]:
+    """Early stopping and the best checkpoints need a metric that the run measures more than once."""
+    stop, best = spec.trainer.early_stop, spec.checkpoint.keep_best
+    rules = [("trainer.early_stop", stop), ("checkpoint.keep_best", best)]
+    for where, rule in rules:
+        if not isinstance(rule, EarlyStop | KeepBest):
+            continue
+        name, _, metric = rule.metric.partition("/")
+        evaluation = named(spec.evaluation, name)
+        if rule.metric == "val_loss":
+            if not spec.data.all_val_files:
+                yield Problem(where, "val_loss is not measured: there are no validation files", _VAL_FILES)
+            elif rule is stop and not spec.trainer.val_check_interval:
+                what = "val_loss is measured only at the start and the end"
+                yield Problem(where, what, "set trainer.val_check_interval")
+        elif evaluation is None or not metric:
+            names = [f"{x.name}/METRIC" for x in spec.evaluation]
+            yield Problem(
+                where, f"unknown metric {quote(rule.metric)}", f"use {', '.join(['val_loss', *names])}"
+            )
+
+
 EVALUATION = Rules(
-    refuse=(evaluations_of_one_name, evaluation_between_checkpoints, devices_of_one_process),
+    refuse=(
+        evaluations_of_one_name,
+        evaluation_between_checkpoints,
+        devices_of_one_process,
+        unknown_metric,
+    ),
 )

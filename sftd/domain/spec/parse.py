@@ -29,11 +29,9 @@ def _bare(annotation: Any) -> Any:
 
 
 def entry_types(annotation: Any) -> list[type[Section]]:
-    """The types of the entries of a key whose value is a list of mappings; empty for other keys."""
+    """The types of the mappings that a key's value is, or of those in its list; empty for other keys."""
     bare = _bare(annotation)
-    if get_origin(bare) is not list:
-        return []
-    (item,) = get_args(bare)
+    item = get_args(bare)[0] if get_origin(bare) is list else bare
     return [found for kind in get_args(item) or (item,) if (found := _struct_type(kind))]
 
 

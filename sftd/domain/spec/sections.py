@@ -204,6 +204,27 @@ class Scheduler(Section, frozen=True):
     ] = 0.1
 
 
+MetricName = Annotated[str, Meta(description="val_loss, or NAME/METRIC of an evaluation")]
+Mode = Annotated[Literal["min", "max"], Meta(description="whether a smaller or a larger value is better")]
+
+
+class EarlyStop(Section, frozen=True):
+    """When training ends early: the rule of `trainer.early_stop`."""
+
+    metric: MetricName
+    mode: Mode
+    patience: Annotated[Size, Meta(description="values in a row that do not improve, after which it stops")]
+    min_delta: Annotated[NonNegative, Meta(description="a smaller improvement does not count")] = 0.0
+
+
+class KeepBest(Section, frozen=True):
+    """Which checkpoints are the best, and how many of them stay."""
+
+    metric: MetricName
+    mode: Mode
+    count: Annotated[Size, Meta(description="number of checkpoints to keep")] = 1
+
+
 class Trainer(Section, frozen=True):
     """`trainer`: length of the run, validation, saving and names."""
 
@@ -234,6 +255,11 @@ class Trainer(Section, frozen=True):
         FREE,
     ] = msgspec.field(default_factory=list)
     sample_max_tokens: Annotated[Size, Meta(description="maximum tokens of a sample answer"), FREE] = 64
+    early_stop: Annotated[
+        EarlyStop | None,
+        Meta(description="end the run when a metric stops improving; null never does"),
+        FREE,
+    ] = None
 
 
 class Checkpoint(Section, frozen=True):
@@ -241,7 +267,9 @@ class Checkpoint(Section, frozen=True):
 
     keep_last: Annotated[Size, Meta(description="number of newest checkpoints to keep"), FREE] = 2
     keep_best: Annotated[
-        Count, Meta(description="number of checkpoints with the lowest validation loss to keep"), FREE
+        Count | KeepBest,
+        Meta(description="checkpoints with the lowest validation loss to keep, or a rule by another metric"),
+        FREE,
     ] = 1
     keep_every: Annotated[
         Count,

@@ -156,6 +156,7 @@ _ADDED_KEYS = (
     ("model", "recompute_layers"),
     ("optimizer", "precision"),
     ("scheduler", "decay_ratio"),
+    ("trainer", "early_stop"),
 )
 
 

@@ -15,6 +15,7 @@ from sftd.domain.plan.sizes import weights_dtype
 from sftd.domain.rules import Rules
 from sftd.domain.spec import rules as spec_rules
 from sftd.domain.spec.launch.launchers import kind_of
+from sftd.domain.spec.retention import best_rule
 from sftd.domain.spec.spec import Spec
 from sftd.domain.submit import adapter_rules
 from sftd.domain.submit.facts import SubmitFacts
@@ -268,7 +269,8 @@ def no_space_for_all_checkpoints(spec: Spec, facts: SubmitFacts) -> Iterator[Pro
 def saves_without_validation(spec: Spec, facts: SubmitFacts) -> Iterator[Problem]:
     """Checkpoints without a validation cannot be the best."""
     save, check = spec.trainer.save_interval, spec.trainer.val_check_interval
-    if facts.val is None or not (spec.checkpoint.keep_best and save and check):
+    best = best_rule(spec.checkpoint)
+    if facts.val is None or best is None or best.metric != "val_loss" or not (save and check):
         return
     if save % check and save < facts.planned_steps:
         both = math.lcm(save, check)

@@ -13,7 +13,8 @@ from sftd.domain.log import timeline
 from sftd.domain.log.model_record import ModelRecord
 from sftd.domain.queue.order import Limits
 from sftd.domain.repro.steps import steps_to_redo
-from sftd.domain.run import decisions, exactness, loss_watch
+from sftd.domain.run import decisions, early_stop, exactness, loss_watch
+from sftd.domain.run.early_stop import Patience
 from sftd.domain.run.failures import Failure, Interruption
 from sftd.domain.run.state import ENDED, Run
 from sftd.operations.context import Context, append_decided, current
@@ -122,6 +123,13 @@ def losses_before(store: Store, run_id: str, step: int) -> list[float]:
     with store.read() as connection:
         recorded = event_store.read_stream(connection, run_id, types=loss_watch.TYPES)
         return loss_watch.losses_before((r.event for r in recorded), step)
+
+
+def patience_before(store: Store, run: Run, step: int) -> Patience:
+    """The patience with which early stopping by the validation loss continues after the checkpoint of `step`."""
+    with store.read() as connection:
+        recorded = event_store.read_stream(connection, run.run_id, types=early_stop.TYPES)
+        return early_stop.before((r.event for r in recorded), run, step)
 
 
 class Taken(msgspec.Struct, frozen=True):

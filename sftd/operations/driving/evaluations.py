@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from sftd.domain.log import events as e
 from sftd.domain.log.events import Micros
+from sftd.domain.run import early_stop
 from sftd.domain.run import evaluations as decisions
 from sftd.domain.run.state import CheckpointInfo, EvaluationState, Run
 from sftd.operations.context import Context, append_decided, current
@@ -98,6 +99,9 @@ def end(
         if not _is_current(run, started):
             return False
         append_decided(tx, context, run.run_id, run.version, [event])
+        run = current(tx.connection, run.run_id)
+        if decided := early_stop.evaluated(run):
+            append_decided(tx, context, run.run_id, run.version, decided, run.attempt)
         return True
 
 

@@ -28,10 +28,10 @@ from torch.distributed.rendezvous import rendezvous
 from sftd.domain.errors import CheckpointInvalid
 from sftd.domain.log import events as e
 from sftd.domain.repro.steps import steps_to_redo
-from sftd.domain.run import decisions
 from sftd.domain.run.exactness import compare_with_log
 from sftd.domain.run.retention import deletable
 from sftd.domain.run.state import Run
+from sftd.domain.run.success import shortfall
 from sftd.trainer.direct.plan import plan
 from sftd.trainer.errors import LossSpike, NonFiniteLoss, UserError
 from sftd.trainer.loop import attempt as loop
@@ -137,7 +137,12 @@ def _conclude(run: DirectRun, attempt: AttemptDir) -> None:
     assert submission is not None
     state = read_history(run, submission).run
     if state.status == "succeeded":
-        outcome = f"All {state.step} steps are done. The last checkpoint: {state.checkpoints[-1].path}\n"
+        done = (
+            f"All {state.step} steps are done."
+            if state.stopped_early is None
+            else f"Stopped early at step {state.step}."
+        )
+        outcome = f"{done} The last checkpoint: {state.checkpoints[-1].path}\n"
     elif state.status == "cancelled":
         outcome = (
             f"Stopped at step {state.step} of {state.planned_steps}; the same command again continues.\n"
@@ -193,7 +198,7 @@ class DirectReporter(Reporter):
     def _collect(self) -> None:
         assert self._seen is not None
         run = self._seen.run
-        if decisions.shortfall(run) is None:
+        if shortfall(run) is None:
             # The run is complete, so retention no longer protects its superseded checkpoints.
             run = msgspec.structs.replace(run, status="succeeded")
         for c in deletable(run):

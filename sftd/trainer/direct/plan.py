@@ -17,7 +17,7 @@ from sftd.domain.errors import Problem, Refused, SftdError
 from sftd.domain.log.events import CheckpointDeleted
 from sftd.domain.log.model_record import ModelRecord, record_of
 from sftd.domain.model.rules import changed_files
-from sftd.domain.run import decisions, ids
+from sftd.domain.run import decisions, early_stop, ids
 from sftd.domain.run.decisions import Proposal
 from sftd.domain.run.loss_watch import losses_before
 from sftd.domain.run.state import Run
@@ -107,24 +107,42 @@ def _begin(run: DirectRun, spec: Spec, found: Preflight, warnings: list[Problem]
     weights = checkpoint is None or spec.model.is_partly_frozen
     _refuse_another_model(run, record, spec, found, weights=weights)
     text = f"sftd: run {state.run_id} in {run.path}\n"
-    if state.status == "succeeded" and new.planned_steps == state.planned_steps:
+    is_same_rule = spec.trainer.early_stop == state.spec.trainer.early_stop
+    if (
+        state.status == "succeeded"
+        and new.planned_steps == state.planned_steps
+        and (state.stopped_early is None or is_same_rule)
+    ):
+        done = f"All of its {state.planned_steps} steps are done"
+        more = "a larger trainer.max_steps"
+        if state.stopped_early is not None:
+            done = f"It stopped early: {state.stopped_early.reason}"
+            more = "another trainer.early_stop, such as null"
         print_text(
-            f"{text}All of its {state.planned_steps} steps are done, so nothing is left to train.\n"
-            "To train more give a larger trainer.max_steps, for another run another trainer.experiment_name.\n"
+            f"{text}{done}, so nothing is left to train.\n"
+            f"To train more give {more}, for another run another trainer.experiment_name.\n"
         )
         return None
     _sweep(run, history)
     attempt = run.attempt(run.attempts() + 1)
+    first, events = checkpoint.step if checkpoint else 0, [n.event for n in history.events]
+    next_state = msgspec.structs.replace(
+        state,
+        spec=spec,
+        planned_steps=new.planned_steps,
+        patience_from=early_stop.counts_from(state, state.step),
+    )
     attempt.create(
         order_of(
-            msgspec.structs.replace(state, spec=spec, planned_steps=new.planned_steps),
+            next_state,
             checkpoint,
             attempt=run.attempts() + 1,
             token=uuid.uuid4().hex,
             checkpoint_dir=run.checkpoint_dir,
             model=record,
             model_root=run.path,
-            losses=losses_before((n.event for n in history.events), checkpoint.step if checkpoint else 0),
+            losses=losses_before(events, first),
+            patience=early_stop.before(events, next_state, first),
         )
     )
     attempt.write_process(_identity(spec))

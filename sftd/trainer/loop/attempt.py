@@ -106,6 +106,7 @@ class RankAttempt:
         self._is_written = False
         self._meter = Meter(shape, self._spec.model, session)
         self._watch = LossWatch(self._spec.training.spike_factor, order.losses)
+        self._patience = order.patience
         self._generator = None
         if self._spec.trainer.sample_prompts and order.last_step is None:
             from sftd.trainer.loop.generate import Generator
@@ -125,8 +126,8 @@ class RankAttempt:
         resumes = Path(self._order.checkpoint or "").parent == Path(self._order.checkpoint_dir)
         if self._spec.trainer.val_before_train and not resumes:
             self._validate()
-        stop = False
-        while self._progress.step < self._order.planned_steps and not stop:
+        stop = ends_early = False
+        while self._progress.step < self._order.planned_steps and not (stop or ends_early):
             stop = self._train_step()
             if self._is_written:
                 self._checkpoints.finish()
@@ -135,7 +136,8 @@ class RankAttempt:
                 # Before the validation: the process that requested the stop may not wait that long.
                 self._save(must_succeed=False)
             if is_last or _is_due(self._progress.step, self._spec.trainer.val_check_interval):
-                self._validate()
+                ends_early = self._validate()
+            is_last = is_last or ends_early
             if is_last or _is_due(self._progress.step, self._spec.trainer.save_interval):
                 if is_last or not self._spec.checkpoint.async_save:
                     self._save(must_succeed=is_last)
@@ -329,24 +331,31 @@ class RankAttempt:
         rows = self._samples.rows(place, size)
         return rows, self._batching.batches(self._train, rows, place)
 
-    def _validate(self) -> None:
-        step = self._progress.step
+    def _validate(self) -> bool:
+        """Validate, and answer the prompts. Returns whether the run stops early; the same on all ranks."""
+        step, rule = self._progress.step, self._spec.trainer.early_stop
+        stop = None
         if len(self._val):
-            round_size = self._spec.data.train_batch_size
-            self._reporter.emit(
-                validate(
-                    step,
-                    self._trainee,
-                    self._val,
-                    self._batching,
-                    self._session,
-                    round_size,
-                    self._val_sources,
-                )
+            validated = validate(
+                step,
+                self._trainee,
+                self._val,
+                self._batching,
+                self._session,
+                self._spec.data.train_batch_size,
+                self._val_sources,
             )
+            self._reporter.emit(validated)
+            if rule is not None and rule.metric == "val_loss":
+                self._patience = self._patience.after(rule, step, validated.loss)
+                stop = self._patience.stop(rule, step)
         if self._generator:
             for event in self._generator.answers(step, self._trainee):
                 self._reporter.emit(event)
+        if stop is not None and 0 < step < self._order.planned_steps:
+            self._reporter.emit(stop)
+            return True
+        return False
 
     def _save(self, *, must_succeed: bool) -> None:
         if self._saved_step == self._progress.step:

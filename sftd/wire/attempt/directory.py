@@ -36,6 +36,7 @@ from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.data.mixture import MixtureStart
 from sftd.domain.log.events import Micros
 from sftd.domain.model.files import ModelFiles
+from sftd.domain.run.early_stop import Patience
 from sftd.domain.spec.spec import OrderStart, Spec
 from sftd.wire.attempt.secrets import Secrets
 
@@ -48,6 +49,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     its weights (`WeightsDigested`), empty if no attempt has loaded them yet. An attempt does not train if its folder differs.
     A copy of the folder's small files is kept below `model_root` (`model_copy`); if that is empty, no copy is kept.
     `order_start` defines which samples the steps read, `mixture` where a fork's mixture of sources begins. `losses` are the losses of the preceding steps, oldest first.
+    `patience` is that of early stopping by the validation loss, after the preceding validations.
 
     With `last_step`, the attempt trains recorded steps again for comparison, up to that step, without validations or
     checkpoints; the data may have changed. `order_later` are the pieces of the sample order that begin at later steps.
@@ -69,6 +71,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     order_start: OrderStart = OrderStart()
     mixture: MixtureStart = MixtureStart()
     losses: list[float] = []
+    patience: Patience = Patience()
     last_step: int | None = None
     order_later: list[OrderStart] = []
     template: ChatTemplate | None = None

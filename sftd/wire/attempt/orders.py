@@ -10,11 +10,13 @@ import msgspec
 
 from sftd.domain.data.chat_template import ChatTemplate
 from sftd.domain.log.model_record import ModelRecord
+from sftd.domain.run.early_stop import Patience
 from sftd.domain.run.state import CheckpointInfo, Run
 from sftd.domain.spec.spec import FROM_THE_BEGINNING
 from sftd.wire.attempt.directory import Order
 
 _NO_RECORD = ModelRecord()
+_NEW = Patience()
 
 
 def order_of(
@@ -27,6 +29,7 @@ def order_of(
     model: ModelRecord = _NO_RECORD,
     model_root: str | os.PathLike[str] = "",
     losses: Sequence[float] = (),
+    patience: Patience = _NEW,
     last_step: int | None = None,
     template: ChatTemplate | None = None,
 ) -> Order:
@@ -54,6 +57,7 @@ def order_of(
         order_later=[] if is_next else list(run.order),
         mixture=run.mixture_start,
         losses=list(losses),
+        patience=patience,
         last_step=last_step,
         template=template,
     )

@@ -122,6 +122,7 @@ UPCAST: dict[tuple[str, int], dict[str, Any]] = {
     ("ResumeRequested", 1): {"changes": {}, "spec": None, "spec_digest": None, "planned_steps": None},
     ("RunForked", 1): {"mixture": None},
     ("AttemptPreempted", 1): {"reason": ""},
+    ("RunSucceeded", 1): {"reason": ""},
     ("ModelLoaded", 1): {"trained_parameters": None},
 }
 

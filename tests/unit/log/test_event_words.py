@@ -130,6 +130,10 @@ SAID: list[tuple[e.Event, str]] = [
         e.SampleGenerated(step=7, prompt="who?", text="me", tokens=1, stopped=True),
         "step 7  'who?' → 'me'",
     ),
+    (
+        e.StoppedEarly(step=7, metric="c/score", best=0.51239, best_step=3, patience=2),
+        "step 7  c/score has not improved on 0.5124 (step 3) in 2 values",
+    ),
     (e.CheckpointStarted(step=7), "step 7"),
     (
         e.CheckpointPublished(step=7, path="/c", bytes=1_500_000_000, manifest_digest="m", seconds=2.0),
@@ -280,6 +284,7 @@ PROGRESS = {
     "AnomalyDetected",
     "EvaluationCompleted",
     "EvaluationFailed",
+    "StoppedEarly",
 }
 
 

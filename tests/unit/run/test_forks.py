@@ -15,6 +15,7 @@ from sftd.domain.log import events
 from sftd.domain.run import decisions, retention, trajectory
 from sftd.domain.run.decisions import Proposal
 from sftd.domain.run.failures import Failure
+from sftd.domain.run.success import shortfall
 from sftd.domain.spec.parse import change
 from sftd.domain.spec.spec import OrderStart
 from tests.builders.log.run_log import CRASH, Log
@@ -73,9 +74,9 @@ def test_a_run_that_has_succeeded_goes_on_with_more_steps_and_must_reach_them() 
     assert (log.run.status, log.run.planned_steps, log.run.spec.trainer.max_steps) == ("queued", 30, 30)
     assert log.run.spec_digest == asked.spec_digest != "s"
     log.claim().train(25)
-    assert decisions.shortfall(log.run) == "25 of 30 planned steps are in the log"
+    assert shortfall(log.run) == "25 of 30 planned steps are in the log"
     log.train(30)
-    assert decisions.shortfall(log.run) == "the final checkpoint was not published"
+    assert shortfall(log.run) == "the final checkpoint was not published"
     log.save().end(exit_code=0)
     assert (log.run.status, log.run.steps_redone) == ("succeeded", 0)
 

@@ -18,6 +18,7 @@ from sftd.domain.run import state as run_state
 from sftd.domain.run.failures import NOT_RETRIED, Failure
 from sftd.domain.run.fold import evolve, fold
 from sftd.domain.run.state import ACTIVE, ENDED, Run
+from sftd.domain.run.success import shortfall
 from sftd.domain.spec.spec import OrderStart
 from tests.builders.log.run_log import CRASH, TOKENS, Log, published, step, validated
 from tests.builders.log.stories import STORY, live
@@ -206,7 +207,7 @@ def test_resuming_from_an_older_step_supersedes_what_follows() -> None:
 def test_a_superseded_final_checkpoint_is_not_success() -> None:
     log = Log(planned=20).claim().train(20, save_every=10).end(exit_code=0)
     log.add(*decisions.request_resume(log.run, "ada", 10)).claim().train(20)
-    assert decisions.shortfall(log.run) == "the final checkpoint was not published"
+    assert shortfall(log.run) == "the final checkpoint was not published"
     log.end(exit_code=0)
     assert (log.run.status, log.run.cause) == ("retrying", "incomplete")
 
@@ -400,9 +401,7 @@ def test_a_finished_run_has_succeeded_whatever_its_exit_code() -> None:
 
 def test_tokens_that_do_not_add_up_are_not_success() -> None:
     log = Log(planned=2).claim().train(2, tokens=99).save()
-    assert decisions.shortfall(log.run) == (
-        "the log's steps sum to 198 trained tokens, but the trainer counted 200"
-    )
+    assert shortfall(log.run) == ("the log's steps sum to 198 trained tokens, but the trainer counted 200")
 
 
 # Cancel and resume in every status.

@@ -72,6 +72,7 @@ FREEZE, QUANTIZE, DROPOUT = "model.freeze", "model.quantize", "model.lora.dropou
 ADAPTER = "model.lora.adapter"
 STARTED = {RANK: 4, "model.lora.alpha": 8, TARGETS: ["q", "v"], ADAPTER: "/a"}
 LAYER = "model.layers.0.self_attn."
+VAL_LOSS, PATIENCE = {"metric": "val_loss", "mode": "min"}, {"patience": 2}
 COMMAND = {"kind": "command", "name": "c", "argv": ["x"]}
 CPUS, GPUS = HostDevices("box", 0, 2), HostDevices("node", 8, 64)
 
@@ -159,6 +160,27 @@ REFUSED: dict[str, list[Row]] = {
             "evaluation.c.every_steps",
             "only the last step has a checkpoint",
             {"evaluation": [COMMAND | {"every_steps": 100}], SAVE: 0},
+        ),
+    ],
+    "unknown_metric": [
+        Row("checkpoint.keep_best", "no validation files", {"checkpoint.keep_best": VAL_LOSS | {"count": 2}}),
+        Row("trainer.early_stop", "no validation files", {"trainer.early_stop": VAL_LOSS | PATIENCE}),
+        Row(
+            "trainer.early_stop",
+            "only at the start and the end",
+            {"trainer.early_stop": VAL_LOSS | PATIENCE, "data.val_files": ["/v"]},
+            fix="trainer.val_check_interval",
+        ),
+        Row(
+            "trainer.early_stop",
+            "unknown metric 'd/x'",
+            {"trainer.early_stop": {"metric": "d/x", "mode": "max"} | PATIENCE, "evaluation": [COMMAND]},
+            fix="use val_loss, c/METRIC",
+        ),
+        Row(
+            "checkpoint.keep_best",
+            "unknown metric 'c'",
+            {"checkpoint.keep_best": {"metric": "c", "mode": "max"}},
         ),
     ],
     "devices_of_one_process": [

@@ -95,6 +95,7 @@ FREE = {
     "model.megatron.virtual_pipeline_model_parallel_size": 2,
     "model.recompute": "selective",
     "model.recompute_layers": 2,
+    "trainer.early_stop": {"metric": "val_loss", "mode": "min", "patience": 2},
     "trainer.sample_max_tokens": 7,
     "trainer.sample_prompts": ["Why?"],
     "trainer.save_interval": 7,

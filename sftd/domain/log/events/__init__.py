@@ -58,6 +58,7 @@ from sftd.domain.log.events.training import SampleGenerated as SampleGenerated
 from sftd.domain.log.events.training import SamplesSkipped as SamplesSkipped
 from sftd.domain.log.events.training import SourceFigures as SourceFigures
 from sftd.domain.log.events.training import StepCompleted as StepCompleted
+from sftd.domain.log.events.training import StoppedEarly as StoppedEarly
 from sftd.domain.log.events.training import TrainingResumed as TrainingResumed
 from sftd.domain.log.events.training import ValidationCompleted as ValidationCompleted
 from sftd.domain.log.events.training import WeightsDigested as WeightsDigested

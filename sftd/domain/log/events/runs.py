@@ -146,8 +146,10 @@ class ResumeRequested(Event, frozen=True):
 
 
 class RunSucceeded(Event, frozen=True):
-    """Steps and tokens in the log match the plan and the trainer's count, and the final checkpoint is published."""
+    """Steps and tokens in the log match the plan and the trainer's count, and the final checkpoint is published. `reason`: why the
+    run stopped before its plan, empty if it did not."""
 
+    schema_version: ClassVar[int] = 2
     is_lifecycle: ClassVar[bool] = True
     ends_attempt: ClassVar[bool] = True
     notice_kind: ClassVar[NoticeKind | None] = "ended"
@@ -155,13 +157,16 @@ class RunSucceeded(Event, frozen=True):
     steps: int
     tokens: int
     final_checkpoint: str
+    reason: str = ""
 
     def summary(self) -> str:
-        return f"{counted(self.steps, 'step')}, {counted(self.tokens, 'trained token')}"
+        early = f"; stopped early: {self.reason}" if self.reason else ""
+        return f"{counted(self.steps, 'step')}, {counted(self.tokens, 'trained token')}{early}"
 
     def notice(self, run: NoticeFacts) -> str | None:
         last = f", loss {float(run.loss):.4g}" if run.loss is not None else ""
-        return f"succeeded: {counted(self.steps, 'step')}, {counted(self.tokens, 'token')}{last}"
+        early = f"; stopped early: {self.reason}" if self.reason else ""
+        return f"succeeded: {counted(self.steps, 'step')}, {counted(self.tokens, 'token')}{last}{early}"
 
 
 class RunFailed(Event, frozen=True):

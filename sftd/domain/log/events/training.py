@@ -185,6 +185,30 @@ class ValidationCompleted(OfStep, Event, frozen=True):
         return found
 
 
+class StoppedEarly(OfStep, Event, frozen=True):
+    """Training ends after this step, by `trainer.early_stop`: the last `patience` values of `metric` did not improve on `best`, of
+    step `best_step`. `best` is None if no value was finite."""
+
+    progress: ClassVar[str] = "stopped early: "
+    is_lifecycle: ClassVar[bool] = True
+
+    step: int
+    metric: str
+    best: float | None
+    best_step: int
+    patience: int
+
+    @property
+    def reason(self) -> str:
+        """The reason in words."""
+        if self.best is None:
+            return f"{self.metric} was never finite in {counted(self.patience, 'value')}"
+        return f"{self.metric} has not improved on {self.best:.4g} (step {self.best_step}) in {counted(self.patience, 'value')}"
+
+    def details(self) -> str:
+        return self.reason
+
+
 class SampleGenerated(OfStep, Event, frozen=True):
     """The model of `step` answered a fixed prompt with greedy decoding."""
 
