@@ -90,7 +90,7 @@ def test_what_each_type_of_event_is() -> None:
     lifecycle = ends | {
         "AttemptClaimed", "CheckpointDeleted", "CheckpointPublished", "CheckpointReduced", "CheckpointRejected",
         "ModelExported", "ModelRegistered", "ResumeRequested", "RunForked", "RunHeld", "RunReleased", "RunSubmitted",
-        "StopRequested", "SweepJoined", "TrainingResumed",
+        "StopRequested", "StoppedEarly", "SweepJoined", "TrainingResumed",
     }  # fmt: skip
     assert (having("is_lifecycle"), having("is_lifecycle", False)) == (
         lifecycle,

@@ -34,7 +34,10 @@ def failed(message: str) -> notices.Notice:
 GOLDEN: list[dict[str, Any]] = json.loads((paths.GOLDEN / "events.json").read_text())
 # Kind and text of the notice of each event in the golden file.
 SAID = {
-    "RunSucceeded": ("ended", "succeeded: 40 steps, 20,000 tokens, loss 2.346"),
+    "RunSucceeded": (
+        "ended",
+        "succeeded: 40 steps, 20,000 tokens, loss 2.346; stopped early: val_loss has not improved on 1.25 (step 20) in 3 values",
+    ),
     "RunCancelled": ("ended", "was cancelled by ada at step 1,234 of 5,000"),
     "RunFailed": (
         "failed",

@@ -163,8 +163,16 @@ REFUSED: dict[str, list[Row]] = {
         ),
     ],
     "unknown_metric": [
-        Row("checkpoint.keep_best", "no validation files", {"checkpoint.keep_best": VAL_LOSS | {"count": 2}}),
-        Row("trainer.early_stop", "no validation files", {"trainer.early_stop": VAL_LOSS | PATIENCE}),
+        Row(
+            "checkpoint.keep_best",
+            "no validation files",
+            {"checkpoint.keep_best": VAL_LOSS, "data.val_files": []},
+        ),
+        Row(
+            "trainer.early_stop",
+            "no validation files",
+            {"trainer.early_stop": VAL_LOSS | PATIENCE, "data.val_files": []},
+        ),
         Row(
             "trainer.early_stop",
             "only at the start and the end",
