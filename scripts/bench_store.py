@@ -32,8 +32,9 @@ from sftd.daemon.supervisor import Supervisor
 from sftd.domain.log import events as e
 from sftd.domain.queue.demand import Demand
 from sftd.domain.run.state import Run
+from sftd.domain.spec.data_section import Data
 from sftd.domain.spec.model_section import Model
-from sftd.domain.spec.sections import Data, Trainer
+from sftd.domain.spec.sections import Trainer
 from sftd.domain.spec.spec import Spec, spec_digest
 from sftd.launcher.local import LocalAttempt
 from sftd.operations.context import Context, append_decided

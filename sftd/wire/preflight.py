@@ -16,7 +16,7 @@ from sftd.domain.log.events import RunSubmitted
 from sftd.domain.model.files import ModelFiles
 from sftd.domain.model.shape import ModelShape
 from sftd.domain.run.decisions import Proposal
-from sftd.domain.spec.sections import Source
+from sftd.domain.spec.data_section import Source
 from sftd.domain.spec.spec import FROM_THE_BEGINNING, OrderStart, Spec, spec_digest
 from sftd.domain.submit.facts import NOTHING, SaveFolder, SubmitFacts
 from sftd.domain.submit.judge import judge

@@ -17,7 +17,7 @@ from fractions import Fraction
 import msgspec
 
 from sftd.domain.data.facts import SourceFacts
-from sftd.domain.spec.sections import Data, Source
+from sftd.domain.spec.data_section import Data, Source
 from sftd.domain.spec.spec import Spec
 
 

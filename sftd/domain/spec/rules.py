@@ -1,5 +1,5 @@
 """Rules of a spec that need neither model nor data. Those of `launch` are in `launch/rules`, of adapters in `adapter_rules`, of
-evaluations in `evaluation_rules`, of mixtures in `mixture_rules`."""
+evaluations in `evaluation_rules`, of mixtures in `mixture/rules`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from sftd.domain.errors import Problem, quote
 from sftd.domain.rules import Rules
-from sftd.domain.spec import adapter_rules, evaluation_rules, mixture_rules
+from sftd.domain.spec import adapter_rules, evaluation_rules
 from sftd.domain.spec.launch import rules as launch_rules
+from sftd.domain.spec.mixture import rules as mixture_rules
 from sftd.domain.spec.sections import Scheduler
 from sftd.domain.spec.spec import Spec
 

@@ -12,19 +12,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from sftd.domain.spec.data_section import Data
 from sftd.domain.spec.evaluation_section import EVALUATIONS
 from sftd.domain.spec.model_section import Model
 from sftd.domain.spec.on_resume import FREE
-from sftd.domain.spec.sections import (
-    Checkpoint,
-    Data,
-    Launch,
-    Optimizer,
-    Scheduler,
-    Section,
-    Trainer,
-    Training,
-)
+from sftd.domain.spec.sections import Checkpoint, Launch, Optimizer, Scheduler, Section, Trainer, Training
 
 
 class OrderStart(msgspec.Struct, frozen=True):

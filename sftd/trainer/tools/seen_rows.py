@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sftd.domain.data.rows import is_trained
-from sftd.domain.spec.sections import Data
+from sftd.domain.spec.data_section import Data
 from sftd.trainer.chat.errors import PrepareError
 from sftd.trainer.data.rows import Ints, Rows, write_spool
 from sftd.trainer.data.sample_order import MixedOrder, SampleOrder, order_of, samples_digest

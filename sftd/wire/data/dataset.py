@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sftd.domain.data.facts import LENGTH_QUANTILES, DataFacts, SourceFacts
 from sftd.domain.data.rows import IGNORE_INDEX, is_trained
 from sftd.domain.errors import Problem, Refused
-from sftd.domain.spec.sections import Source
+from sftd.domain.spec.data_section import Source
 from sftd.wire.data.columns import UnusableFile
 from sftd.wire.data.rows import DataFile, Slice
 

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from sftd.domain.log import events as e
+from sftd.domain.spec.data_section import Data
 from sftd.domain.spec.model_section import Model
-from sftd.domain.spec.sections import Data, Optimizer, Trainer
+from sftd.domain.spec.sections import Optimizer, Trainer
 from sftd.domain.spec.spec import Spec, spec_digest
 from sftd.projections import views
 from sftd.store.database.engine import Store, open_engine

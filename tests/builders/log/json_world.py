@@ -14,9 +14,10 @@ import msgspec
 
 from sftd.domain.log import events as e
 from sftd.domain.run.failures import Failure
+from sftd.domain.spec.data_section import Data
 from sftd.domain.spec.model_section import Model
 from sftd.domain.spec.parse import change
-from sftd.domain.spec.sections import Data, Launch, Trainer
+from sftd.domain.spec.sections import Launch, Trainer
 from sftd.domain.spec.spec import Spec
 from sftd.operations.commands import hold, lifecycle
 from sftd.operations.commands.submit import Wish, submit_all

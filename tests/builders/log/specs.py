@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from sftd.domain.data.facts import DataFacts
 from sftd.domain.model.shape import ModelShape
+from sftd.domain.spec.data_section import Data
 from sftd.domain.spec.model_section import Model
-from sftd.domain.spec.sections import Data, Trainer
+from sftd.domain.spec.sections import Trainer
 from sftd.domain.spec.spec import Spec
 from sftd.wire.preflight import Preflight
 

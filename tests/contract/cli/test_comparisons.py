@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from sftd.cli import main
 from sftd.domain.errors import Refused
 from sftd.domain.log import events as e
-from sftd.domain.spec.sections import Data, Trainer
+from sftd.domain.spec.data_section import Data
+from sftd.domain.spec.sections import Trainer
 from sftd.operations.queries import compare
 from sftd.store.database.engine import Store
 from tests.builders.log.histories import (

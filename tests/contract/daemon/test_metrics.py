@@ -11,8 +11,8 @@ import sqlalchemy as sa
 
 from sftd.daemon.metrics import Metrics
 from sftd.domain.log import events as e
+from sftd.domain.spec.data_section import Data
 from sftd.domain.spec.model_section import Model
-from sftd.domain.spec.sections import Data
 from sftd.domain.spec.spec import Spec
 from sftd.launcher.inventory import Inventory
 from sftd.projections import views

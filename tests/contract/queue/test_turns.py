@@ -15,8 +15,9 @@ from sftd.domain.log import events as e
 from sftd.domain.queue.order import Limits
 from sftd.domain.run.failures import Failure
 from sftd.domain.run.state import Run
+from sftd.domain.spec.data_section import Data
 from sftd.domain.spec.model_section import Model
-from sftd.domain.spec.sections import Data, Launch, Trainer
+from sftd.domain.spec.sections import Launch, Trainer
 from sftd.domain.spec.spec import Spec
 from sftd.launcher.inventory import Inventory
 from sftd.operations.commands import hold, lifecycle

@@ -19,7 +19,7 @@ import pytest
 
 from sftd.domain.data.facts import DataFacts
 from sftd.domain.errors import Refused
-from sftd.domain.spec.sections import Data
+from sftd.domain.spec.data_section import Data
 from sftd.trainer.chat.mask import MaskedChat
 from sftd.trainer.data.rows import Rows, write_spool
 from sftd.trainer.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from sftd.domain.data.mixture import Mixture, MixtureStart, SourceSize, limit
-from sftd.domain.spec.sections import Data, Source, Stage
+from sftd.domain.spec.data_section import Data, Source, Stage
 
 BATCH, PLACES = 4, 90
 WEIGHTS = st.sampled_from([0.0, 0.1, 0.3, 1.0, 2.5, 7.0])
