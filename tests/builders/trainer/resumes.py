@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from sftd.domain.log.events import CheckpointPublished, StepCompleted
+from sftd.domain.run.early_stop import Patience
 from sftd.wire.checkpoint import manifest as manifests
 from tests.builders.trainer.trainers import Run, Trainer
 from tests.builders.warm_ranks import WarmTrainer
+
+_NOTHING_WAITED = Patience()
 
 
 def exact(run: Run) -> dict[int, tuple[Any, ...]]:
@@ -26,7 +29,15 @@ def weights_digests(run: Run, step: int) -> dict[str, str]:
 
 
 def resume(
-    trainer: Trainer, warm: WarmTrainer, name: str, first: Run, step: int, ranks: int = 1, **overrides: Any
+    trainer: Trainer,
+    warm: WarmTrainer,
+    name: str,
+    first: Run,
+    step: int,
+    ranks: int = 1,
+    *,
+    patience: Patience = _NOTHING_WAITED,
+    **overrides: Any,
 ) -> Run:
     published = next(e for e in first.events(CheckpointPublished) if e.step == step)
     attempt = trainer.prepare(
@@ -35,5 +46,6 @@ def resume(
         checkpoint=published.path,
         checkpoint_digest=published.manifest_digest,
         checkpoint_dir=first.attempt.order().checkpoint_dir,
+        patience=patience,
     )
     return trainer.train(warm, attempt)

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import psutil
 
 from sftd.domain.log.events import (
@@ -16,9 +17,12 @@ from sftd.domain.log.events import (
     CheckpointRejected,
     CheckpointStarted,
     StepCompleted,
+    StoppedEarly,
     TrainingResumed,
     ValidationCompleted,
 )
+from sftd.domain.run.early_stop import patience
+from sftd.domain.spec.sections import EarlyStop
 from tests.builders.holds import is_pending
 from tests.builders.patience import PATIENCE, until
 from tests.builders.trainer.checkpoint_files import Payload
@@ -68,6 +72,24 @@ def test_after_a_stop_two_ranks_go_on_bit_for_bit(trainer: Trainer, warm: WarmTr
     resumed = resume(trainer, warm, "dp2_stopped-2", stopped, step, 2, trainer__save_interval=0)
     assert exact(stopped) | exact(resumed) == exact(whole)
     assert weights_digests(resumed, 6) == weights_digests(whole, 6)
+
+
+def test_an_early_stop_is_at_the_same_step_after_a_resume(trainer: Trainer, warm: WarmTrainer) -> None:
+    # Nothing is better than step 0, so that patience runs out at step 4.
+    rule = EarlyStop(metric="val_loss", mode="max", patience=2, min_delta=99)
+    overrides = {"trainer__early_stop": msgspec.to_builtins(rule)}
+    whole = trainer.train(warm, trainer.prepare("early", trainer.spec(2, **overrides)))
+    (stopped,) = whole.events(StoppedEarly)
+    values = [(v.step, v.loss) for v in whole.events(ValidationCompleted)]
+    assert (stopped.step, stopped.best_step, stopped.best) == (4, *values[0])
+    assert [c.step for c in whole.events(CheckpointPublished)] == [3, 4]
+    assert list(exact(whole)) == [1, 2, 3, 4]
+    digests = weights_digests(whole, 4)
+    resumed = resume(
+        trainer, warm, "early_resumed", whole, 3, 2, patience=patience(rule, values[:2]), **overrides
+    )
+    assert (resumed.events(StoppedEarly), weights_digests(resumed, 4)) == ([stopped], digests)
+    assert exact(resumed) == {4: exact(whole)[4]}
 
 
 def test_ranks_that_share_sequences_go_on_bit_for_bit(trainer: Trainer, warm: WarmTrainer) -> None:
