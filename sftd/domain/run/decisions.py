@@ -145,13 +145,12 @@ def other_run(run: Run, new: Proposal) -> list[Problem]:
     )
     contents = {
         "data.train_files": (run.train_digest, new.train_digest),
-        # A file may have moved from one source to another.
         "data.sources": (run.sources, new.sources),
         "data.val_files": (run.val_digest, new.val_digest),
     }
     problems = []
     for key in guilty:
-        # Data files are compared by content, not by path.
+        # Data files are compared by content, not by path; a file may move from one source to another.
         if key not in changes or trajectory.is_files(key):
             continue
         was, now = changes[key]
@@ -159,13 +158,11 @@ def other_run(run: Run, new: Proposal) -> list[Problem]:
         if trajectory.on_resume(key) is OnResume.LENGTH:
             what += f", and its {run.highest_step} steps used learning rates for {run.planned_steps} steps"
         problems.append(Problem(key, what))
-    if not problems:
-        problems += [
-            Problem(key, f"the contents of the files changed since {run.run_id} began")
-            for key, (was, now) in contents.items()
-            if was != now
-        ]
-    return problems
+    return problems or [
+        Problem(key, f"the contents of the files changed since {run.run_id} began")
+        for key, (was, now) in contents.items()
+        if was != now
+    ]
 
 
 def _resume_start(run: Run, from_step: int | None) -> int:

@@ -49,7 +49,7 @@ def flatten(spec: Spec) -> dict[str, Any]:
                     if (kind := entry.__struct_config__.tag) is not None:
                         flat[f"{inner}kind"] = kind
             else:
-                flat[prefix + name] = value
+                flat[prefix + name] = msgspec.to_builtins(value)
 
     walk(spec, "")
     return flat

@@ -130,8 +130,8 @@ def conversation(row: Any, keys: RowKeys | None = None) -> Conversation:
             ignored.append(f"weight of a {made['role']} message")
         checked.append(made)
     system = given.get("system", "")
-    if isinstance(system, list):
-        system = _joined(system)
+    if isinstance(system, list) and (joined := _joined(system)) is not None:
+        system = joined
     if not isinstance(system, str):
         raise ChatError(f"the field 'system' is {_kind(system)}, not a text")
     if system.strip() and checked[0]["role"] != "system":

@@ -190,6 +190,8 @@ def test_an_evaluation_whose_daemon_was_killed_starts_again_once_and_its_late_re
     one = daemon()
     one.tick()
     (running,) = one._evaluator._running
+    # The program runs, not the export before it.
+    until(one, lambda: not running.process._stages)
     # The pipe closes as when the daemon is killed.
     assert running.process._child.stdin is not None
     running.process._child.stdin.close()

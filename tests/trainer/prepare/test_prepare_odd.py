@@ -51,7 +51,7 @@ def read(path: Path) -> list[Any]:
         (ROW | {"tools": [{"type": "function", "function": "f"}]}, "'tools' must be a list of objects"),
         (ROW | {"tools": [{"name": "\ud800"}]}, "the field 'tools' is not valid Unicode"),
         (ROW | {"system": "\ud800"}, "the field 'system' is not valid Unicode"),
-        (ROW | {"system": ["Be kind."]}, "the field 'system' is a list, not a text"),
+        (ROW | {"system": [1]}, "the field 'system' is a list, not a text"),
         ({"instruction": "q", "output": "a", "history": 5}, "the history must be a list of pairs"),
     ],
 )

@@ -52,7 +52,7 @@ def test_a_tool_does_not_hear_of_ranks_that_a_job_left_in_the_shell(monkeypatch:
     script = (
         "import json, os; print(json.dumps({n: n in os.environ for n in ('RANK', 'WORLD_SIZE', 'PATH')}))"
     )
-    monkeypatch.setattr("sftd.launcher.tools._argv", lambda module, arguments: [sys.executable, "-c", script])
+    monkeypatch.setattr("sftd.launcher.tools.tool_argv", lambda module, arguments: [sys.executable, "-c", script])
     assert run_tool("any", [], lambda line: None) == {"RANK": False, "WORLD_SIZE": False, "PATH": True}
 
 

@@ -245,7 +245,7 @@ def test_a_copy_of_a_model_folder_is_durable(tmp_path: Path) -> None:
 def test_prepared_data_is_durable(tmp_path: Path) -> None:
     file = RowFile(tmp_path / "data" / "train.parquet", b"{}")
     ids = np.arange(3, dtype=np.int32)
-    file.append(Row(ids, ids, b"", 0, 0))
+    file.append(Row(ids, ids, None, b"", b"", b"", "", 0, 0))
     file.close()
     with observed(tmp_path / "trace") as trace:
         file.publish()
