@@ -29,7 +29,7 @@ VALIDATIONS = [
 ]
 # A log that was imported may have any name.
 SOURCES = {
-    "do[bold]cs\x1b": e.SourceFigures(rows=3, tokens=2, loss=1.25),
+    "do[bold]cs\n\x1b": e.SourceFigures(rows=3, tokens=2, loss=1.25),
     "math": e.SourceFigures(rows=1, tokens=1, loss=math.nan),
 }
 
@@ -105,7 +105,7 @@ def test_the_numbers_of_a_run_have_their_own_names(log: Store, show: Show) -> No
     assert facts["steps"] == "3 of 10, 14s left, 10 tokens/s"
     assert facts["loss"] == "3.3333"
     assert facts["last step"] == "accuracy 37.5%, perplexity 28.03, entropy 1.500 nats"
-    assert facts["by source"] == "do[bold]cs : loss 1.2500, 3 rows, 2 tokens"
+    assert facts["by source"] == "do[bold]cs  : loss 1.2500, 3 rows, 2 tokens"
     assert "last validation" not in facts
     assert facts["tokens"] == "6 trained"
     assert facts["disk"] == "1 B in 1 checkpoint, 1 of them missing here"
