@@ -115,10 +115,12 @@ def runs_table(
     for row, cell in zip(rows, zip(*(cells[name] for name in names), strict=True), strict=True):
         for line in _wrap(names, cell, widths) if wrapped else (cell,):
             yield formatted(line)
-        if row.message and row.status in ("failed", "retrying") and not columns:
+        # A run that has succeeded has one if it stopped early.
+        if row.message and row.status in ("failed", "retrying", "succeeded") and not columns:
             text = output.printable(row.message)
             text = f"  {text}" if len(text) <= width - 2 else f"  {text[: width - 3]}…"
-            yield click.style(text, fg="red") if colour else text
+            colour_of = "green" if row.status == "succeeded" else "red"
+            yield click.style(text, fg=colour_of) if colour else text
 
 
 def _column(name: str, rows: Sequence[RunRow], now: int) -> list[str]:

@@ -64,7 +64,7 @@ _LOGGED = "every step is logged"
 _TOKENISED = "Parquet files that `sftd prepare` writes"
 _BATCH = "of all GPUs: micro-batch × accumulation × GPUs"
 _RL = "sftd trains on labels only: no preference or reward training"
-_BEST = "checkpoint.keep_best keeps the best by validation loss"
+_BEST = "checkpoint.keep_best keeps the best by validation loss, or {metric, mode, count}"
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw", "AdamW")
 
@@ -282,8 +282,8 @@ TABLE: tuple[Known, ...] = (
     Known("lt", "do_eval", "data.val_files", "validation is on where there are files"),
     Known("a", "eval_table_size", "trainer.sample_prompts", "prompts that are answered at each validation"),
     Known("l", "predict_with_generate", "trainer.sample_prompts", "prompts that are answered at each validation"),
-    Known("l", "compute_accuracy", note="the validation loss is measured"),
-    Known("at", "early_stopping_patience", note=_BEST),
+    Known("l", "compute_accuracy", note="each step and validation records the accuracy of tokens"),
+    Known("at", "early_stopping_patience", note="trainer.early_stop: {metric, mode, patience, min_delta}"),
     Known("lt", "load_best_model_at_end", note=_BEST),
     Known("t", "metric_for_best_model", note=_BEST, harmless=True),
     Known("t", "greater_is_better", note=_BEST, harmless=True),

@@ -211,6 +211,7 @@ REFUSED: dict[str, list[Row]] = {
         Row(
             "data.sources[0].name", "cannot be a source's name", mixed({**CODE, "name": "a/b"}), fix="letters"
         ),
+        Row("data.sources[0].name", "'val_files' cannot", mixed({**CODE, "name": "val_files"})),
         Row("data.sources[0].files", "is empty", mixed({**CODE, "files": []}), fix="Parquet"),
     ],
     "weights_beside_epochs": [

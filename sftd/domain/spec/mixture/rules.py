@@ -21,11 +21,11 @@ def sources_beside_train_files(spec: Spec) -> Iterator[Problem]:
 
 
 def unusable_source(spec: Spec) -> Iterator[Problem]:
-    """A source has a name of its own, which is part of metric names, and files."""
+    """A source has a name of its own, which is part of metric names, and files. Figures of `data.val_files` have that name."""
     seen: set[str] = set()
     for number, source in enumerate(spec.data.sources):
         where, name = f"{_SOURCES}[{number}]", quote(source.name)
-        if not _NAME.fullmatch(source.name):
+        if not _NAME.fullmatch(source.name) or source.name == "val_files":
             fix = "use letters, digits and . _ - (64 at most, a letter or digit first)"
             yield Problem(f"{where}.name", f"{name} cannot be a source's name", fix)
         elif source.name in seen:
