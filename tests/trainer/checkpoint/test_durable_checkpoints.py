@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sftd.domain.log.events import CheckpointPublished
+from sftd.domain.log.events import CheckpointPublished, StepCompleted
 
 if TYPE_CHECKING:
     from tests.builders.durability import Trace
@@ -47,7 +47,9 @@ def test_a_published_checkpoint_and_its_steps_survive_a_power_cut(
         journal = str(run.attempt.journal)
         synced = [s["state"][1] for s in seen[:place] if s["what"] == "sync" and s["path"] == journal]
         text = run.attempt.journal.read_bytes()
-        completed = f'"type":"StepCompleted","v":3,"p":{{"step":{event.step},'.encode()
+        completed = (
+            f'"type":"StepCompleted","v":{StepCompleted.schema_version},"p":{{"step":{event.step},'.encode()
+        )
         assert completed in text[: max(synced, default=0)]
     # The manifest is the last file: where it exists, the others do.
     manifests = [i for i, s in enumerate(seen) if s["path"].endswith(".partial/manifest.json")]
