@@ -335,6 +335,8 @@ def state(world: World, run_id: str, **changes: Any) -> dict[str, Any]:
         "rejected_pins": {},
         "last_replay": None,
         "evaluations": [],
+        "stopped_early": None,
+        "patience_from": -1,
         "sources": [],
         "saving": None,
         "highest_step": 0,
